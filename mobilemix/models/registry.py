@@ -1,0 +1,125 @@
+"""The models that mobilemix ships: one literal table, readable without importing torch.
+
+Published figures are the papers' own: parameters, multiply-adds (counted once, as the papers' "FLOPs") at `input_size`,
+and ImageNet-1k top-1. `mobilemix models` prints them beside what mobilemix counts.
+"""
+
+import dataclasses
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mobilemix.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A backbone family: one module of `mobilemix.models`, one paper.
+
+    Attributes:
+        module: name of the module in `mobilemix.models` that holds `build` and `options_from_checkpoint`.
+        title: the name that the authors gave it.
+        paper: arXiv identifier.
+        source: the authors' repository, or None where none was found.
+    """
+
+    module: str
+    title: str
+    paper: str
+    source: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """One variant: how to build it, what it takes, and what its authors reported.
+
+    Attributes:
+        name: registry name.
+        variant: name of the architecture within its family (several names may share one: a trained model is another entry).
+        family: where it comes from.
+        input_size: height and width in pixels of the published figures.
+        published_parameters: millions, None where not published.
+        published_gmacs: multiply-adds in 10^9, None where not published.
+        published_top1: ImageNet-1k top-1 in per cent (of the plain 300-epoch training), None where it is not an ImageNet model.
+        options: keyword arguments of `build` that this entry fixes.
+        weights: checkpoint in `mobilemix/assets`, None for an untrained architecture.
+        labels: labels file in `mobilemix/assets`.
+        mean, std: per-channel normalisation of [0, 1] RGB.
+        crop_pct: share of the resized image's side that the centre crop keeps.
+    """
+
+    name: str
+    variant: str
+    family: Family
+    input_size: int
+    published_parameters: float | None = None
+    published_gmacs: float | None = None
+    published_top1: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    weights: str | None = None
+    labels: str = "imagenet1k.txt"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_pct: float = 0.95
+
+
+AFFNET = Family("affnet", "AFFNet", "2307.14008", "microsoft/TokenMixers")
+CASVIT = Family("casvit", "CAS-ViT", "2408.03703", "Tianfang-Zhang/CAS-ViT")
+EFFICIENTVIM = Family("efficientvim", "EfficientViM", "2411.15241", "mlvlab/EfficientViM")
+DUALTOKEN_VIT = Family("dualtoken_vit", "DualToken-ViT", "2309.12424", None)
+
+_SPECS = (
+    ModelSpec("affnet_et", "affnet_et", AFFNET, 256, 1.4, 0.4, 73.0),
+    ModelSpec("affnet_t", "affnet_t", AFFNET, 256, 2.6, 0.8, 77.0),
+    ModelSpec("affnet", "affnet", AFFNET, 256, 5.5, 1.5, 79.8),
+    ModelSpec("casvit_xs", "casvit_xs", CASVIT, 224, 3.20, None, 78.3),
+    ModelSpec("casvit_s", "casvit_s", CASVIT, 224, 5.76, None, 80.9),
+    ModelSpec("casvit_m", "casvit_m", CASVIT, 224, 12.42, None, 82.8),
+    ModelSpec("casvit_t", "casvit_t", CASVIT, 224, 21.76, None, 83.9),
+    ModelSpec("efficientvim_m1", "efficientvim_m1", EFFICIENTVIM, 224, 6.7, 0.239, 72.9),
+    ModelSpec("efficientvim_m2", "efficientvim_m2", EFFICIENTVIM, 224, 13.9, 0.355, 75.4),
+    ModelSpec("efficientvim_m3", "efficientvim_m3", EFFICIENTVIM, 224, 16.6, 0.656, 77.6),
+    ModelSpec("efficientvim_m4", "efficientvim_m4", EFFICIENTVIM, 256, 19.6, 1.111, 79.4),
+    ModelSpec("dualtoken_vit_tiny", "dualtoken_vit_tiny", DUALTOKEN_VIT, 224, None, 0.5, 75.4),
+    ModelSpec("dualtoken_vit_small", "dualtoken_vit_small", DUALTOKEN_VIT, 224, None, 1.0, 79.4),
+    ModelSpec(
+        "affnet_et_flowers",
+        "affnet_et",
+        AFFNET,
+        192,
+        options=(("num_classes", 5),),
+        weights="affnet_et_flowers.safetensors",
+        labels="affnet_et_flowers.txt",
+    ),
+)
+
+MODELS = {spec.name: spec for spec in _SPECS}
+
+
+def list_models() -> list[str]:
+    """Names of every model that `create_model` takes, in the table's order."""
+    return list(MODELS)
+
+
+def find(name: str) -> ModelSpec:
+    """The entry called `name`.
+
+    Raises:
+        UnknownNameError: no such entry; the message suggests the closest.
+    """
+    try:
+        return MODELS[name]
+    except KeyError:
+        raise UnknownNameError("model", name, MODELS) from None
+
+
+def build(spec: ModelSpec, **options: Any) -> "nn.Module":
+    """An untrained module of the entry's architecture in eval mode; `options` override the entry's own."""
+    module = importlib.import_module(f"mobilemix.models.{spec.family.module}")
+    model: nn.Module = module.build(spec.variant, **{**dict(spec.options), **options})
+    return model.eval()

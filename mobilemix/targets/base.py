@@ -1,0 +1,95 @@
+"""What every target is: a compiler from a lowered program to a file, a way to run that file, and its tolerances."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch.export import ExportedProgram
+
+from mobilemix.recipe import Recipe
+
+Array = np.ndarray
+Inputs = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A captured and rewritten model with what its deployment needs to know.
+
+    Attributes:
+        name: model name; file names and metadata use it.
+        program: float32, eval mode, fixed shapes; no complex tensor, FFT or training-time op is left.
+        input_names: names of the program's user inputs, which are float32 tensors.
+        output_names: names of its user outputs.
+        mean, std: per-channel normalisation x = (pixel / 255 − mean) / std that an image input must apply;
+            None for a model that takes no image.
+        labels: class names of the first output's last axis, or None.
+        metadata: what to write into the artifact (author, license, description, paper …).
+    """
+
+    name: str
+    program: ExportedProgram
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    labels: tuple[str, ...] | None
+    metadata: Mapping[str, str]
+
+
+class Runner(Protocol):
+    """An artifact that was read back from disk and can be executed here."""
+
+    def run(self, inputs: Inputs) -> dict[str, Array]:
+        """Execute on the program's own inputs (normalised float32 tensors, by `Lowered.input_names`).
+
+        A runner whose artifact takes an image undoes the normalisation and feeds pixels in [0, 255] (float, not rounded,
+        so that what is compared is the graph and not 8-bit rounding). Returns float32 outputs by `Lowered.output_names`.
+        """
+
+    def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
+        """Every intermediate value as (name in the graph, float32 array), in execution order; for the bisect."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One verification step that is particular to a target: its name, whether it held, and what it found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Target(Protocol):
+    """One entry of `mobilemix.targets.TARGETS`."""
+
+    name: str
+    suffix: str
+    precisions: tuple[str, ...]
+    """Valid precisions, the default first."""
+
+    def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+        """Write the artifact to `destination`, a temporary path that the caller renames.
+
+        Raises:
+            UnsupportedOpError: an operator that the target does not have.
+            TargetError: the target's compiler refused the graph.
+        """
+
+    def annotate(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Add string metadata (the manifest) to an artifact that exists."""
+
+    def load(self, path: Path) -> Runner:
+        """Read an artifact back from disk.
+
+        Raises:
+            InputError: not an artifact of this target, or corrupt.
+        """
+
+    def checks(self, lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
+        """Verification beyond comparing outputs; empty where there is none. `samples` are representative inputs."""
+
+    def op_histogram(self, path: Path) -> dict[str, int]:
+        """How often each operator type occurs in the artifact's graph."""
