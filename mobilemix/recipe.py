@@ -5,11 +5,12 @@ The command line's options and a recipe file (`mobilemix export --recipe FILE`, 
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from mobilemix.errors import InputError, UnknownNameError
+from mobilemix.targets import TARGETS
 
 DEFAULT_MODEL = "affnet_et_flowers"
 PRECISIONS = ("fp16", "fp32")
@@ -27,22 +28,27 @@ class Recipe:
         weights: a safetensors or torch checkpoint; None keeps the model's own weights.
         target: a name in `mobilemix.targets.TARGETS`.
         precision: "fp16" or "fp32"; None is the target's default.
-        input_shape: (batch, channels, height, width), or any fixed shape for a model of the user's own; None is the model's own.
-        input: "image" (Core ML ImageType with the normalisation folded in) or "tensor"; other targets always take tensors.
+        input: "image" (Core ML ImageType with the normalisation folded in) or "tensor"; None is an image where the
+            target and the model have one.
+        input_shapes: shape of each input, (batch, channels, height, width) for the shipped models; empty is the
+            model's own.
+        mean, std: per-channel normalisation of [0, 1] pixels; empty is the model's own.
         opset: ONNX opset version.
         minimum_ios: oldest iOS that must run the Core ML package.
         labels: file with one class name a line; None uses the model's own where it has them.
-        tolerance: largest relative L2 error of the logits against the float64 source; None is the tier of the precision.
-        max_size_mb: budget for the artifact's size, in 10^6 bytes; None is no budget.
-        max_latency_ms: budget for the median latency on the recipe's device, in milliseconds; None is no budget.
+        tolerance: largest relative L2 error of the outputs against the float64 source; None is the precision's tier.
+        max_size_mb: budget for the artifact's size in 10^6 bytes; None is no budget.
+        max_latency_ms: budget for the median latency on the recipe's device in milliseconds; None is no budget.
     """
 
     model: str = DEFAULT_MODEL
     weights: Path | None = None
     target: str = "coreml"
     precision: Literal["fp16", "fp32"] | None = None
-    input_shape: tuple[int, ...] | None = None
-    input: Literal["image", "tensor"] = "image"
+    input: Literal["image", "tensor"] | None = None
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     opset: int = 18
     minimum_ios: int = 16
     labels: Path | None = None
@@ -51,22 +57,27 @@ class Recipe:
     max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values outside the tables above.
+        """Refuse values that no recipe can have.
 
         Raises:
-            UnknownNameError: precision or input kind.
-            InputError: opset, iOS version, shape or a budget out of range.
+            UnknownNameError: target, precision or input kind.
+            InputError: opset, iOS version, a shape, the normalisation or a budget out of range.
         """
+        if self.target not in TARGETS:
+            raise UnknownNameError("target", self.target, TARGETS)
         if self.precision is not None and self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
-        if self.input not in INPUT_KINDS:
+        if self.input is not None and self.input not in INPUT_KINDS:
             raise UnknownNameError("input kind", self.input, INPUT_KINDS)
         if self.opset not in OPSETS:
             raise InputError(f"opset {self.opset} is not supported; valid: {OPSETS.start} to {OPSETS.stop - 1}")
         if self.minimum_ios not in MINIMUM_IOS:
             raise InputError(f"iOS {self.minimum_ios} is not supported; valid: {', '.join(map(str, MINIMUM_IOS))}")
-        if self.input_shape is not None and (not self.input_shape or min(self.input_shape) < 1):
-            raise InputError(f"input shape {self.input_shape} has a dimension below 1; give e.g. 1x3x224x224")
+        for shape in self.input_shapes:
+            if not shape or min(shape) < 1:
+                raise InputError(f"input shape {shape} has no size or one below 1; give e.g. 1x3x224x224")
+        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+            raise InputError(f"mean {self.mean} and std {self.std} must have one value a channel, std above 0")
         for name in ("tolerance", "max_size_mb", "max_latency_ms"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -89,25 +100,62 @@ def load_recipe(path: Path) -> Recipe:
 
 def recipe_from(table: Mapping[str, Any], base: Path) -> Recipe:
     """Build a recipe from plain values (as TOML or JSON give them); see `load_recipe` for the errors."""
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key not in fields:
-            raise UnknownNameError("recipe key", key, fields)
-        values[key] = _coerce(key, value, base)
+        if key not in _READERS:
+            raise UnknownNameError("recipe key", key, _READERS)
+        try:
+            values[key] = _READERS[key](value, base)
+        except (TypeError, ValueError):
+            raise InputError(f"the recipe's '{key}' cannot be {value!r}") from None
     return Recipe(**values)
 
 
-def _coerce(key: str, value: Any, base: Path) -> Any:
-    """Turn one TOML value into the field's type."""
-    if key in ("weights", "labels") and isinstance(value, str):
-        return base / value
-    if key == "input_shape" and isinstance(value, list) and all(type(size) is int for size in value):
-        return tuple(value)
-    if key in ("model", "target", "precision", "input") and isinstance(value, str):
-        return value
-    if key in ("opset", "minimum_ios") and type(value) is int:
-        return value
-    if key in ("tolerance", "max_size_mb", "max_latency_ms") and type(value) in (int, float):
-        return float(value)
-    raise InputError(f"the recipe's '{key}' cannot be {value!r}")
+def _text(value: Any, _base: Path) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _path(value: Any, base: Path) -> Path:
+    return base / _text(value, base)
+
+
+def _integer(value: Any, _base: Path) -> int:
+    if type(value) is not int:  # bool is an int, but no recipe means it so
+        raise TypeError
+    return value
+
+
+def _number(value: Any, _base: Path) -> float:
+    if type(value) not in (int, float):
+        raise TypeError
+    return float(value)
+
+
+def _numbers(value: Any, base: Path) -> tuple[float, ...]:
+    return tuple(_number(item, base) for item in value)
+
+
+def _shapes(value: Any, base: Path) -> tuple[tuple[int, ...], ...]:
+    """Accept one shape ([1, 3, 224, 224]) or a list of them."""
+    shapes = value if value and isinstance(value[0], list | tuple) else [value]
+    return tuple(tuple(_integer(size, base) for size in shape) for shape in shapes)
+
+
+_READERS: dict[str, Callable[[Any, Path], Any]] = {
+    "model": _text,
+    "weights": _path,
+    "target": _text,
+    "precision": _text,
+    "input": _text,
+    "input_shapes": _shapes,
+    "mean": _numbers,
+    "std": _numbers,
+    "opset": _integer,
+    "minimum_ios": _integer,
+    "labels": _path,
+    "tolerance": _number,
+    "max_size_mb": _number,
+    "max_latency_ms": _number,
+}

@@ -40,12 +40,12 @@ class ModelSpec:
 
     Attributes:
         name: registry name.
-        variant: name of the architecture within its family (several names may share one: a trained model is another entry).
+        variant: name of the architecture within its family; a trained model is another entry of the same variant.
         family: where it comes from.
         input_size: height and width in pixels of the published figures.
         published_parameters: millions, None where not published.
         published_gmacs: multiply-adds in 10^9, None where not published.
-        published_top1: ImageNet-1k top-1 in per cent (of the plain 300-epoch training), None where it is not an ImageNet model.
+        published_top1: ImageNet-1k top-1 in per cent, None where it is not an ImageNet model.
         options: keyword arguments of `build` that this entry fixes.
         weights: checkpoint in `mobilemix/assets`, None for an untrained architecture.
         labels: labels file in `mobilemix/assets`.
