@@ -6,15 +6,21 @@ and ImageNet-1k top-1. `mobilemix models` prints them beside what mobilemix coun
 
 import dataclasses
 import importlib
+import inspect
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mobilemix.errors import UnknownNameError
+from mobilemix import assets
+from mobilemix.errors import CheckpointError, InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from torch import nn
 
+_COUNTS = ("num_classes", "in_channels")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_LABELS = "imagenet1k.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +68,7 @@ class ModelSpec:
     published_top1: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
     weights: str | None = None
-    labels: str = "imagenet1k.txt"
+    labels: str = IMAGENET_LABELS
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     crop_pct: float = 0.95
@@ -77,10 +83,10 @@ _SPECS = (
     ModelSpec("affnet_et", "affnet_et", AFFNET, 256, 1.4, 0.4, 73.0),
     ModelSpec("affnet_t", "affnet_t", AFFNET, 256, 2.6, 0.8, 77.0),
     ModelSpec("affnet", "affnet", AFFNET, 256, 5.5, 1.5, 79.8),
-    ModelSpec("casvit_xs", "casvit_xs", CASVIT, 224, 3.20, None, 78.3),
-    ModelSpec("casvit_s", "casvit_s", CASVIT, 224, 5.76, None, 80.9),
-    ModelSpec("casvit_m", "casvit_m", CASVIT, 224, 12.42, None, 82.8),
-    ModelSpec("casvit_t", "casvit_t", CASVIT, 224, 21.76, None, 83.9),
+    ModelSpec("casvit_xs", "casvit_xs", CASVIT, 224, 3.20, 0.560, 78.3),
+    ModelSpec("casvit_s", "casvit_s", CASVIT, 224, 5.76, 0.932, 80.9),
+    ModelSpec("casvit_m", "casvit_m", CASVIT, 224, 12.42, 1.887, 82.8),
+    ModelSpec("casvit_t", "casvit_t", CASVIT, 224, 21.76, 3.597, 83.9),
     ModelSpec("efficientvim_m1", "efficientvim_m1", EFFICIENTVIM, 224, 6.7, 0.239, 72.9),
     ModelSpec("efficientvim_m2", "efficientvim_m2", EFFICIENTVIM, 224, 13.9, 0.355, 75.4),
     ModelSpec("efficientvim_m3", "efficientvim_m3", EFFICIENTVIM, 224, 16.6, 0.656, 77.6),
@@ -119,7 +125,55 @@ def find(name: str) -> ModelSpec:
 
 
 def build(spec: ModelSpec, **options: Any) -> "nn.Module":
-    """An untrained module of the entry's architecture in eval mode; `options` override the entry's own."""
-    module = importlib.import_module(f"mobilemix.models.{spec.family.module}")
+    """An untrained module of the entry's architecture in eval mode; `options` override the entry's own.
+
+    Raises:
+        InputError: an option that the family does not have, or a count below one.
+    """
+    module = _module(spec)
+    valid = [
+        name
+        for name, option in inspect.signature(module.build).parameters.items()
+        if option.kind is option.KEYWORD_ONLY
+    ]
+    for name, value in options.items():
+        if name not in valid:
+            raise InputError(f"{spec.name} has no option '{name}'; valid: {', '.join(valid)}")
+        if name in _COUNTS and (type(value) is not int or value < 1):
+            raise InputError(f"{name} must be a positive integer, not {value!r}")
     model: nn.Module = module.build(spec.variant, **{**dict(spec.options), **options})
     return model.eval()
+
+
+def create_model(name: str, *, weights: Path | str | None = None, **options: Any) -> "nn.Module":
+    """The model called `name` in eval mode, with the weights of a checkpoint where there is one.
+
+    Args:
+        name: a name of `list_models()`.
+        weights: safetensors or torch checkpoint; None takes those that ship with the entry, or fresh ones.
+        options: keyword arguments of the family's `build`, such as num_classes, in_channels and features_only. Those
+            that a checkpoint implies (its number of classes, its norm) need not be given.
+
+    Raises:
+        UnknownNameError: no such model.
+        InputError: an option that the family does not have.
+        CheckpointError: the checkpoint cannot be read or does not fit the model.
+    """
+    spec = find(name)
+    path = Path(weights) if weights is not None else assets.path(spec.weights) if spec.weights else None
+    if path is None:
+        return build(spec, **options)
+    from mobilemix.models import checkpoint
+
+    state_dict = checkpoint.read_state_dict(path)
+    try:
+        implied = _module(spec).options_from_checkpoint(state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model = build(spec, **{**implied, **options})
+    checkpoint.load_weights(model, state_dict, str(path))
+    return model
+
+
+def _module(spec: ModelSpec) -> ModuleType:
+    return importlib.import_module(f"mobilemix.models.{spec.family.module}")

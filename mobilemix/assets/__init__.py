@@ -1,0 +1,9 @@
+"""Files that ship in the wheel: checkpoints, labels and photographs; NOTICE.md and README.md name their sources."""
+
+from importlib import resources
+from pathlib import Path
+
+
+def path(name: str) -> Path:
+    """Where the asset called `name` is installed."""
+    return Path(str(resources.files(__name__) / name))
