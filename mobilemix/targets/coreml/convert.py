@@ -1,0 +1,268 @@
+"""Lowered program → Core ML package, through coremltools' torch.export front end.
+
+The package's bytes depend on the program, its weights, the options and the versions of torch and coremltools alone:
+the date and the debug file that coremltools adds are left out, protobuf maps are written in order, and the
+identifiers in `Manifest.json`, which coremltools draws at random, are derived from the content.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+import traceback
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import coremltools as ct
+import numpy as np
+from coremltools.converters.mil import Builder as mb  # noqa: N813, its name everywhere
+from coremltools.converters.mil.mil import Block
+from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+from coremltools.proto import Model_pb2
+from torch.export import ExportedProgram
+
+from mobilemix.errors import InputError, TargetError, UnsupportedOpError
+from mobilemix.files import sha256
+from mobilemix.recipe import Recipe
+from mobilemix.targets.base import Lowered
+from mobilemix.targets.coreml.image_input import take_unscaled
+
+LABEL_OUTPUT = "classLabel"
+"""Output of a classifier package: the best class. Core ML adds `classLabel_probs`, a dictionary of all classes."""
+
+NORMALISATION_KEY = "mobilemix.normalisation"
+"""User-defined metadata of an image package: JSON with the `mean` and `std` that are folded into it."""
+
+_PROBABILITIES = "probabilities"
+_CHANNEL_LAYOUTS = {1: ct.colorlayout.GRAYSCALE, 3: ct.colorlayout.RGB}
+_SPECIFICATION_PATH = Path("Data/com.apple.CoreML/model.mlmodel")
+_WEIGHTS_PATH = Path("Data/com.apple.CoreML/weights")
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://developer.apple.com/documentation/coreml")
+
+
+def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+    """Compile `lowered` and write the package to `destination`, a path ending in .mlpackage that does not exist.
+
+    An image input takes RGB (or grey) pixels and normalises them; everything else is float32 outside, whatever the
+    precision inside. With labels the package is a classifier: `classLabel` and `classLabel_probs` come from a softmax
+    (which Core ML does not add by itself, and without which Vision's confidences would not be probabilities), and the
+    model's own outputs stay beside them. A batch of several images cannot be a classifier and has the plain outputs.
+
+    Raises:
+        InputError: an image input for a model that takes none, or labels that do not fit the first output.
+        UnsupportedOpError: an operator that coremltools does not have.
+        TargetError: any other refusal by coremltools.
+    """
+    with quiet():
+        program = lowered.program.run_decompositions({})
+    shapes = [_shape(program, name) for name in program.graph_signature.user_inputs]
+    if recipe.input == "image":
+        inputs = [_image_input(lowered, shapes)]
+        assert lowered.std is not None
+        take_unscaled(program, lowered.std)
+    else:
+        inputs = [
+            ct.TensorType(name=name, shape=shape, dtype=np.float32)
+            for name, shape in zip(lowered.input_names, shapes, strict=True)
+        ]
+    classifier = _classifier(lowered, program)
+    pipeline = ct.PassPipeline()
+    if classifier is not None:
+        pipeline.append_pass("mobilemix::append_softmax")
+    precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.precision.FLOAT16
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder, _one_line_errors(), quiet():
+        model = ct.convert(
+            program,
+            inputs=inputs,
+            outputs=[ct.TensorType(name=name, dtype=np.float32) for name in lowered.output_names],
+            classifier_config=classifier,
+            minimum_deployment_target=ct.target[f"iOS{recipe.minimum_ios}"],
+            compute_precision=precision,
+            pass_pipeline=pipeline,
+            skip_model_load=True,
+            package_dir=str(Path(folder, "model.mlpackage")),
+        )
+        specification = model.get_spec()
+        _describe(specification, lowered, recipe)
+        _write(specification, Path(model.weights_dir), destination)
+
+
+def annotate(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add user-defined metadata to a package on disk; its program and weights stay as they are."""
+    file = path / _SPECIFICATION_PATH
+    specification = Model_pb2.Model.FromString(file.read_bytes())
+    specification.description.metadata.userDefined.update(metadata)
+    temporary = file.with_suffix(".new")
+    temporary.write_bytes(_serialised(specification))
+    temporary.replace(file)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep coremltools' progress bars and warnings off the terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _image_input(lowered: Lowered, shapes: list[tuple[int, ...]]) -> ct.ImageType:
+    """The image input that computes pixel / 255 − mean, in float32 even in an fp16 program (one rounding, after it)."""
+    if lowered.mean is None or lowered.std is None:
+        raise InputError(f"{lowered.name} has no mean and std for an image input; use --input tensor")
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][0] != 1 or shapes[0][1] not in _CHANNEL_LAYOUTS:
+        found = " and ".join("x".join(map(str, shape)) for shape in shapes)
+        raise InputError(f"an image input is 1x3xHxW or 1x1xHxW, not {found}; use --input tensor")
+    channels = shapes[0][1]
+    if len(lowered.mean) != channels or len(lowered.std) != channels:
+        raise InputError(f"mean and std have {len(lowered.mean)} channels, the input {channels}; use --input tensor")
+    bias = [-value for value in lowered.mean]
+    return ct.ImageType(
+        name=lowered.input_names[0],
+        shape=shapes[0],
+        color_layout=_CHANNEL_LAYOUTS[channels],
+        scale=1 / 255,
+        bias=bias if channels > 1 else bias[0],
+    )
+
+
+def _classifier(lowered: Lowered, program: ExportedProgram) -> ct.ClassifierConfig | None:
+    if lowered.labels is None:
+        return None
+    logits = _shape(program, str(program.graph_signature.user_outputs[0]))
+    if logits[-1] != len(lowered.labels):
+        raise InputError(f"there are {len(lowered.labels)} labels for {logits[-1]} outputs; give one name a class")
+    repeated = [label for label, count in Counter(lowered.labels).items() if count > 1]
+    if repeated:
+        raise InputError(f"label '{repeated[0]}' occurs more than once; Core ML needs distinct class names")
+    if logits != (1, len(lowered.labels)):
+        return None
+    return ct.ClassifierConfig(
+        list(lowered.labels), predicted_feature_name=LABEL_OUTPUT, predicted_probabilities_output=_PROBABILITIES
+    )
+
+
+@register_pass(namespace="mobilemix")
+class append_softmax(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801, the name is the pass's
+    """Give a classifier a last output, `probabilities`: the softmax of its first output, in float32.
+
+    It comes after the fp16 casts, so that the small probabilities of many classes are not flushed to zero.
+    """
+
+    def apply(self, prog: Any) -> None:
+        """Extend `prog` in place."""
+        main = prog.functions["main"]
+        logits = main.outputs[0]
+        with main:
+            probabilities = mb.softmax(x=logits, axis=-1, name=_PROBABILITIES)
+        Block._copy_scope_info(logits, probabilities)
+        main.set_outputs([*main.outputs, probabilities])
+        # `classify` puts two outputs in the place of this one, and coremltools then indexes the list by position.
+        main.set_output_types([*main.output_types, *[ct.TensorType(dtype=np.float32)] * 2])
+
+
+def _shape(program: ExportedProgram, name: str) -> tuple[int, ...]:
+    (node,) = (node for node in program.graph.nodes if node.name == name)
+    return tuple(node.meta["val"].shape)
+
+
+def _describe(specification: Any, lowered: Lowered, recipe: Recipe) -> None:
+    """Fill in the metadata that Xcode shows, and what `Runner` needs to feed the package."""
+    details = dict(lowered.metadata)
+    metadata = specification.description.metadata
+    metadata.author = details.pop("author", "")
+    metadata.license = details.pop("license", "")
+    metadata.versionString = details.pop("version", "")
+    metadata.shortDescription = details.pop("description", lowered.name)
+    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
+    metadata.userDefined.update(details)
+    if recipe.input == "image":
+        normalisation = {"mean": lowered.mean, "std": lowered.std}
+        metadata.userDefined[NORMALISATION_KEY] = json.dumps(normalisation)
+    for feature in specification.description.input:
+        feature.shortDescription = (
+            "Pixels; the package normalises them" if recipe.input == "image" else "Normalised float32 tensor"
+        )
+    for feature in specification.description.output:
+        feature.shortDescription = {
+            LABEL_OUTPUT: "The most probable class",
+            f"{LABEL_OUTPUT}_probs": "Probability of every class",
+        }.get(feature.name, "Output of the model, before any softmax" if lowered.labels else "Output of the model")
+
+
+def _write(specification: Any, weights: Path, destination: Path) -> None:
+    """Lay out a package as Xcode does: the specification, the weights and a manifest with identifiers for both."""
+    file = destination / _SPECIFICATION_PATH
+    file.parent.mkdir(parents=True)
+    file.write_bytes(_serialised(specification))
+    shutil.copytree(weights, destination / _WEIGHTS_PATH)
+    items = {
+        _SPECIFICATION_PATH: ("model.mlmodel", "CoreML Model Specification"),
+        _WEIGHTS_PATH: ("weights", "CoreML Model Weights"),
+    }
+    identifiers = {path: str(uuid.uuid5(_NAMESPACE, f"{path} {sha256(destination / path)}")) for path in items}
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": {
+            identifiers[path]: {
+                "author": "com.apple.CoreML",
+                "description": description,
+                "name": name,
+                "path": path.relative_to("Data").as_posix(),
+            }
+            for path, (name, description) in items.items()
+        },
+        "rootModelIdentifier": identifiers[_SPECIFICATION_PATH],
+    }
+    (destination / "Manifest.json").write_text(json.dumps(manifest, indent=4), encoding="utf-8")
+
+
+def _serialised(specification: Any) -> bytes:
+    data: bytes = specification.SerializeToString(deterministic=True)
+    return data
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn whatever coremltools raises into one line that names the operator and the user's line of source.
+
+    coremltools reports the place in its log only, so it is read from the frames of its converter.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            values = frame.f_locals
+            if frame.f_code.co_name == "from_exir_node" and "kind" in values:
+                node = values["node"]
+                message = f"Core ML has no operator {values['kind']}{_place(node.meta)}"
+                raise UnsupportedOpError(message) from error
+            if frame.f_code.co_name == "convert_single_node":
+                node = values["node"]
+                raise TargetError(f"Core ML refuses {node.kind} '{node.name}'{_place(node.meta)}: {reason}") from error
+            if frame.f_code.co_name == "apply_pipeline" and "pass_name" in values:
+                message = f"coremltools' pass {values['pass_name']} failed: {reason}"
+                raise TargetError(message) from error
+        raise TargetError(f"coremltools failed: {reason}") from error
+
+
+def _place(meta: Mapping[str, Any]) -> str:
+    """' (FILE line N, in F: source)' of the innermost user frame of an FX node, or nothing."""
+    lines = [line.strip() for line in (meta.get("stack_trace") or "").splitlines()]
+    places = [
+        (line, source)
+        for line, source in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("File ") and "/torch/" not in line
+    ]
+    if not places:
+        return ""
+    line, source = places[-1]
+    return f" ({line.removeprefix('File ')}: {source})"

@@ -1,0 +1,5 @@
+"""The Core ML target (being written)."""
+
+
+class CoreMLTarget:
+    """Placeholder until the executor lands."""
