@@ -1,3 +1,65 @@
-"""mobilemix: PyTorch vision models that mix tokens with FFTs or state-space scans, exported and proven intact."""
+"""mobilemix: PyTorch vision models that mix tokens with FFTs or state-space scans, exported and proven intact.
+
+    import mobilemix
+
+    mobilemix.list_models()
+    result = mobilemix.export("affnet_t", target="onnx", output="out")
+    result.parity.passed
+
+The names below are the public interface; each is imported when it is first used, so that `import mobilemix` is instant.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mobilemix.api import Export, export, verify
+    from mobilemix.errors import MobilemixError
+    from mobilemix.manifest import Manifest, read_manifest
+    from mobilemix.models.registry import create_model, list_models
+    from mobilemix.recipe import Recipe, load_recipe
+    from mobilemix.parity import Agreement, Parity, Tolerance
+
+__all__ = [
+    "Agreement",
+    "Export",
+    "Manifest",
+    "MobilemixError",
+    "Parity",
+    "Recipe",
+    "Tolerance",
+    "create_model",
+    "export",
+    "list_models",
+    "load_recipe",
+    "read_manifest",
+    "verify",
+]
+
+_HOMES = {
+    "Agreement": "mobilemix.parity",
+    "Export": "mobilemix.api",
+    "Manifest": "mobilemix.manifest",
+    "MobilemixError": "mobilemix.errors",
+    "Parity": "mobilemix.parity",
+    "Recipe": "mobilemix.recipe",
+    "Tolerance": "mobilemix.parity",
+    "create_model": "mobilemix.models.registry",
+    "export": "mobilemix.api",
+    "list_models": "mobilemix.models.registry",
+    "load_recipe": "mobilemix.recipe",
+    "read_manifest": "mobilemix.manifest",
+    "verify": "mobilemix.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mobilemix' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -19,7 +19,7 @@ _STAGING = ".mobilemix-"
 def staging(folder: Path) -> Iterator[Path]:
     """Yield an empty folder inside `folder`, on the same file system, that is gone when the block ends.
 
-    Artifacts are made there and moved out whole with `replace`. What a killed process left behind in `folder` is removed.
+    Artifacts are made there and moved out whole with `replace`. What a killed process left in `folder` is removed.
 
     Raises:
         OutputError: the folder cannot be made or written, or the disk filled up inside the block.
@@ -35,7 +35,9 @@ def staging(folder: Path) -> Iterator[Path]:
     except Exception as error:
         # Native writers (coremltools, onnx) report a full disk in words of their own; the free space says it plainly.
         if shutil.disk_usage(folder).free < 1_000_000:
-            raise OutputError(f"cannot write to {folder}: no space left; free some or choose another with -o") from error
+            raise OutputError(
+                f"cannot write to {folder}: no space left; free some or choose another with -o"
+            ) from error
         if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
             raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
         raise

@@ -1,4 +1,4 @@
-"""What one deployment asks for: model × weights × target × precision × input × tolerance × budgets.
+"""What one deployment asks for: model × weights × target × precision × input × tolerance × size budget.
 
 The command line's options and a recipe file (`mobilemix export --recipe FILE`, TOML) fill the same frozen dataclass.
 """
@@ -7,14 +7,16 @@ import dataclasses
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mobilemix.errors import InputError, UnknownNameError
 from mobilemix.targets import TARGETS
 
 DEFAULT_MODEL = "affnet_et_flowers"
-PRECISIONS = ("fp16", "fp32")
-INPUT_KINDS = ("image", "tensor")
+Precision = Literal["fp16", "fp32"]
+InputKind = Literal["image", "tensor"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
 MINIMUM_IOS = (15, 16, 17, 18)
 OPSETS = range(18, 22)
 
@@ -38,14 +40,13 @@ class Recipe:
         labels: file with one class name a line; None uses the model's own where it has them.
         tolerance: largest relative L2 error of the outputs against the float64 source; None is the precision's tier.
         max_size_mb: budget for the artifact's size in 10^6 bytes; None is no budget.
-        max_latency_ms: budget for the median latency on the recipe's device in milliseconds; None is no budget.
     """
 
     model: str = DEFAULT_MODEL
     weights: Path | None = None
     target: str = "coreml"
-    precision: Literal["fp16", "fp32"] | None = None
-    input: Literal["image", "tensor"] | None = None
+    precision: Precision | None = None
+    input: InputKind | None = None
     input_shapes: tuple[tuple[int, ...], ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -54,7 +55,6 @@ class Recipe:
     labels: Path | None = None
     tolerance: float | None = None
     max_size_mb: float | None = None
-    max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no recipe can have.
@@ -78,7 +78,7 @@ class Recipe:
                 raise InputError(f"input shape {shape} has no size or one below 1; give e.g. 1x3x224x224")
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
             raise InputError(f"mean {self.mean} and std {self.std} must have one value a channel, std above 0")
-        for name in ("tolerance", "max_size_mb", "max_latency_ms"):
+        for name in ("tolerance", "max_size_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be above 0, not {value}")
@@ -157,5 +157,4 @@ _READERS: dict[str, Callable[[Any, Path], Any]] = {
     "labels": _path,
     "tolerance": _number,
     "max_size_mb": _number,
-    "max_latency_ms": _number,
 }

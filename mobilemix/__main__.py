@@ -1,0 +1,5 @@
+"""`python -m mobilemix`."""
+
+from mobilemix.cli import main
+
+main()

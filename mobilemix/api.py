@@ -1,0 +1,316 @@
+"""What notebooks import and the command line calls: from a model to a verified artifact, in one direction.
+
+recipe → source → capture → passes → target.compile → artifact → verify → manifest
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from mobilemix import __version__, assets, files
+from mobilemix.capture import capture
+from mobilemix.errors import InputError, UnknownNameError
+from mobilemix.labels import read_labels
+from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, versions
+from mobilemix.models.checkpoint import fingerprint
+from mobilemix.passes import lower
+from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
+from mobilemix.source import Source, load_source
+from mobilemix.targets import find_target
+from mobilemix.targets.base import Check, Inputs, Lowered, Target
+from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
+
+NOISE_SAMPLES = 2
+PHOTOGRAPHS = 5
+
+Listener = Callable[[str], None]
+"""Told the name of each stage as it begins."""
+
+
+def _silent(_stage: str) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A finished export.
+
+    Attributes:
+        path: the artifact; in a folder `failed` of the output folder if verification failed.
+        manifest: what stands beside it.
+        parity: the verdict; `parity.passed` says whether it matches PyTorch.
+    """
+
+    path: Path
+    manifest: Manifest
+    parity: Parity
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model that is captured and lowered, ready for any number of targets.
+
+    Attributes:
+        source: the model as it came.
+        lowered: the same after capture and passes.
+        passes: names of the passes that changed something.
+        seconds: wall time by stage.
+    """
+
+    source: Source
+    lowered: Lowered
+    passes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+    @functools.cached_property
+    def samples(self) -> dict[str, list[Inputs]]:
+        """Inputs to compare on: noise, and the shipped photographs if the input is an image of batch 1."""
+        names, shapes = self.lowered.input_names, self.source.input_shapes
+        samples = {"noise": noise(names, shapes, NOISE_SAMPLES)}
+        if self.source.preprocess is not None and shapes[0][0] == 1:
+            photographs = assets.photographs()[:PHOTOGRAPHS]
+            samples["photographs"] = [{names[0]: self.source.preprocess(path)} for path in photographs]
+        return samples
+
+    @functools.cached_property
+    def references(self) -> dict[str, Reference]:
+        """What the source model answers to the samples."""
+        return {name: reference(self.source.module, samples) for name, samples in self.samples.items()}
+
+
+def export(
+    model: str | nn.Module = DEFAULT_MODEL,
+    *,
+    output: Path | str = ".",
+    listener: Listener = _silent,
+    **options: Any,
+) -> Export:
+    """Export a model to one target, verify the artifact and write its manifest.
+
+    Args:
+        model: a registry name, `path/to/file.py:factory`, `package.module:factory`, or a module.
+        output: folder for the artifact and its manifest.
+        listener: told the name of each stage as it begins.
+        **options: the other fields of `Recipe` (target, precision, input_shapes, …).
+
+    Returns:
+        The export; a failed verification is in its `parity`, not an exception.
+
+    Raises:
+        MobilemixError: see `mobilemix.errors`; nothing was written, and an older artifact is as it was.
+    """
+    module = model if isinstance(model, nn.Module) else None
+    recipe = Recipe(model=type(model).__name__ if module is not None else str(model), **options)
+    return deploy(prepare(recipe, module=module, listener=listener), recipe, Path(output), listener=listener)
+
+
+def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listener = _silent) -> Prepared:
+    """Load, capture and lower a recipe's model; the recipe's target does not matter yet. Raises as `export` does."""
+    stages = _Stages(listener)
+    with stages("load"):
+        source = load_source(recipe, module)
+    with stages("capture"):
+        program = capture(source.module, tuple(torch.zeros(shape) for shape in source.input_shapes))
+    with stages("rewrite"):
+        program, passes = lower(program)
+    outputs = _output_shapes(program)
+    preprocess = source.preprocess
+    lowered = Lowered(
+        name=source.name,
+        program=program,
+        input_names=tuple(str(name) for name in program.graph_signature.user_inputs),
+        output_names=_output_names(outputs),
+        mean=preprocess.mean if preprocess else None,
+        std=preprocess.std if preprocess else None,
+        labels=_labels(recipe, source, outputs),
+        metadata={**source.metadata, "version": __version__},
+    )
+    return Prepared(source, lowered, passes, stages.seconds)
+
+
+def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listener = _silent) -> Export:
+    """Compile a prepared model for the recipe's target, verify the file and write its manifest; raises as `export`."""
+    target = find_target(recipe.target)
+    recipe = _resolve(recipe, target, prepared)
+    provenance = _provenance(prepared, recipe)
+    metadata = {**prepared.lowered.metadata, "mobilemix.provenance": dumps(provenance, indent=None)}
+    lowered = dataclasses.replace(prepared.lowered, metadata=metadata)
+    stages = _Stages(listener)
+    with files.staging(folder) as stage:
+        artifact = stage / f"{prepared.source.name}{target.suffix}"
+        with stages("compile"):
+            target.compile(lowered, recipe, artifact)
+        with stages("verify"):
+            parity = _verify(prepared, target, recipe, artifact)
+        manifest = Manifest(
+            recipe=recipe,
+            provenance=provenance,
+            artifact={
+                "file": artifact.name,
+                "sha256": files.sha256(artifact),
+                "bytes": files.size(artifact),
+                "operators": target.op_histogram(artifact),
+            },
+            parity={"passed": parity.passed, **vars(parity)},
+            seconds={**prepared.seconds, **stages.seconds},
+        )
+        manifest_path(artifact).write_text(manifest.to_json() + "\n", encoding="utf-8")
+        # What failed is kept for a look, but never where an app's build would pick it up.
+        destination = folder if parity.passed else folder / "failed"
+        destination.mkdir(exist_ok=True)
+        for made in sorted(stage.iterdir(), key=lambda path: path == manifest_path(artifact)):
+            files.replace(made, destination / made.name)
+    return Export(destination / artifact.name, manifest, parity)
+
+
+def verify(
+    artifact: Path | str,
+    *,
+    model: str | nn.Module | None = None,
+    weights: Path | None = None,
+    listener: Listener = _silent,
+) -> Parity:
+    """Verify an artifact again, later, from the manifest beside it.
+
+    Args:
+        artifact: a file or package that `export` wrote.
+        model: the source to compare with; None is the manifest's own.
+        weights: its checkpoint; None is the manifest's own.
+        listener: told the name of each stage as it begins.
+
+    Raises:
+        MobilemixError: no manifest, an artifact that cannot be read, or a source that cannot be loaded.
+    """
+    artifact = Path(artifact)
+    if not artifact.exists():
+        raise InputError(f"there is no artifact {artifact}")
+    manifest = read_manifest(artifact)
+    recipe = manifest.recipe
+    module = model if isinstance(model, nn.Module) else None
+    if isinstance(model, str):
+        recipe = dataclasses.replace(recipe, model=model)
+    if weights is not None:
+        recipe = dataclasses.replace(recipe, weights=weights)
+    stages = _Stages(listener)
+    prepared = prepare(recipe, module=module, listener=listener)
+    with stages("verify"):
+        parity = _verify(prepared, find_target(recipe.target), recipe, artifact)
+    unchanged = Check(
+        "unchanged",
+        files.sha256(artifact) == manifest.artifact["sha256"],
+        "the artifact has the SHA-256 that its manifest states",
+    )
+    same = Check(
+        "weights",
+        fingerprint(prepared.source.module) == manifest.provenance["model"]["weights_sha256"],
+        "the source has the weights that were exported",
+    )
+    return dataclasses.replace(parity, checks=(*parity.checks, unchanged, same))
+
+
+def _verify(prepared: Prepared, target: Target, recipe: Recipe, artifact: Path) -> Parity:
+    lowered = prepared.lowered
+    tolerance = TIERS[str(recipe.precision)]
+    if recipe.tolerance is not None:
+        tolerance = dataclasses.replace(tolerance, relative_l2=recipe.tolerance)
+    runner = target.load(artifact)
+    agreement = {}
+    for name, samples in prepared.samples.items():
+        answers = [runner.run(sample) for sample in samples]
+        outputs = [[answer[output] for output in lowered.output_names] for answer in answers]
+        agreement[name] = compare(outputs, prepared.references[name].outputs)
+    # The last sample of each set: noise and, where there is one, a photograph.
+    checks = target.checks(lowered, recipe, artifact, [samples[-1] for samples in prepared.samples.values()])
+    if recipe.max_size_mb is not None:
+        megabytes = files.size(artifact) / 1e6
+        checks.append(
+            Check("size", megabytes <= recipe.max_size_mb, f"{megabytes:.2f} MB of {recipe.max_size_mb:g} MB")
+        )
+    worst = max(agreement, key=lambda name: agreement[name].relative_l2)
+    departs = None
+    if not agreement[worst].within(tolerance):
+        sample = prepared.samples[worst][0]
+        departs = first_departure(lowered.program, runner, sample, tolerance.relative_l2)
+        departs = departs or "no value departs from the rewritten program: the capture or a pass changed the function"
+    return Parity(agreement, prepared.references[worst].dtype, tolerance, tuple(checks), departs)
+
+
+def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
+    """Every default made explicit, so that the manifest says what was done."""
+    precision = recipe.precision or target.precisions[0]
+    if precision not in target.precisions:
+        raise UnknownNameError(f"precision for the target {target.name}", precision, target.precisions)
+    shape = prepared.source.input_shapes[0]
+    possible = target.takes_images and prepared.source.preprocess is not None and shape[0] == 1
+    if recipe.input == "image" and not possible:
+        reason = (
+            f"the target {target.name} takes tensors" if not target.takes_images else "the model's input is no image"
+        )
+        raise InputError(f"{reason}; use --input tensor")
+    kind: InputKind = recipe.input or ("image" if possible else "tensor")
+    shapes = prepared.source.input_shapes
+    return dataclasses.replace(recipe, precision=cast(Precision, precision), input=kind, input_shapes=shapes)
+
+
+def _provenance(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+    source, lowered = prepared.source, prepared.lowered
+    outputs = zip(lowered.output_names, _output_shapes(lowered.program), strict=True)
+    return {
+        "model": {
+            "name": source.name,
+            "weights_sha256": fingerprint(source.module),
+            "parameters": sum(parameter.numel() for parameter in source.module.parameters()),
+        },
+        "inputs": dict(zip(lowered.input_names, source.input_shapes, strict=True)),
+        "preprocess": source.preprocess,
+        "outputs": dict(outputs),
+        "labels": len(lowered.labels) if lowered.labels else 0,
+        "target": recipe.target,
+        "precision": recipe.precision,
+        "passes": prepared.passes,
+        "versions": versions(),
+    }
+
+
+def _labels(recipe: Recipe, source: Source, outputs: list[tuple[int, ...]]) -> tuple[str, ...] | None:
+    """The recipe's labels, or the source's own where they fit the first output, (batch, classes)."""
+    classes = outputs[0][-1] if len(outputs[0]) == 2 else 0
+    if recipe.labels:
+        return read_labels(recipe.labels, expected=classes)
+    labels = read_labels(source.labels)
+    return labels if len(labels) == classes else None
+
+
+def _output_shapes(program: ExportedProgram) -> list[tuple[int, ...]]:
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    return [tuple(values[str(name)].shape) for name in program.graph_signature.user_outputs]
+
+
+def _output_names(shapes: list[tuple[int, ...]]) -> tuple[str, ...]:
+    """`logits` for a classifier's (batch, classes), else `output` or `output_0`, `output_1`, …"""
+    if len(shapes) == 1:
+        return ("logits",) if len(shapes[0]) == 2 else ("output",)
+    return tuple(f"output_{index}" for index in range(len(shapes)))
+
+
+class _Stages:
+    """Wall time by stage, in seconds."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.listener(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,299 @@
+"""The command line: it parses, calls `mobilemix.api` and prints, nothing else.
+
+Heavy imports stay inside the commands, so that `mobilemix --help` answers at once.
+Exit codes: 0 done and verified, 1 verification failed, 2 anything that the user can mend.
+"""
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from mobilemix import __version__
+from mobilemix.errors import InputError, MobilemixError
+from mobilemix.recipe import DEFAULT_MODEL, INPUT_KINDS, PRECISIONS, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mobilemix.api import Export, Listener
+    from mobilemix.parity import Parity
+
+app = typer.Typer(
+    name="mobilemix",
+    help="Take FFT and state-space vision models from PyTorch to Core ML and ONNX, and prove that they arrived intact.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"A name from `mobilemix models`, file.py:factory or module:factory; {DEFAULT_MODEL} if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("-t", "--target", help="coreml or onnx; repeat it, or give a comma list; coreml if left out."),
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts.")] = Path(),
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or a torch file of tensors.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(PRECISIONS)}; the target's default if left out.")
+    ] = None,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="image, tensor, a shape such as 1x3x224x224, or tensor:1x3x224x224; repeat for several inputs.",
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Normalisation of [0, 1] pixels, by channel: 0.485,0.456,0.406.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="File with one class name a line.")] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version; 18 if left out.")] = None,
+    minimum_ios: Annotated[
+        int | None, typer.Option(help="Oldest iOS that must run the Core ML package; 16 if left out.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative L2 error that passes; the precision's tier if left out.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these; options override it.")] = None,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001 -- `main` reads it: it must hold for errors in parsing too
+) -> None:
+    """Export a model, verify every artifact against PyTorch, and write its manifest."""
+    base = load_recipe(recipe) if recipe else Recipe()
+    options: dict[str, Any] = {
+        "model": model,
+        "weights": weights,
+        "precision": precision,
+        "mean": _numbers(mean),
+        "std": _numbers(std),
+        "labels": labels,
+        "opset": opset,
+        "minimum_ios": minimum_ios,
+        "tolerance": tolerance,
+        **_inputs(input_ or []),
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    targets = [name.strip() for item in target or [base.target] for name in item.split(",")]
+    recipes = [dataclasses.replace(base, target=name, **given) for name in dict.fromkeys(targets)]
+
+    from mobilemix import api
+
+    with _progress("Exporting") as listener:
+        prepared = api.prepare(recipes[0], listener=listener)
+        exports = [api.deploy(prepared, each, output, listener=listener) for each in recipes]
+    if json:
+        from mobilemix.manifest import dumps
+
+        typer.echo(dumps([{"path": one.path, "manifest": one.manifest} for one in exports]))
+    else:
+        for one in exports:
+            _print_export(one)
+    if not all(one.parity.passed for one in exports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="A .mlpackage or .onnx with its manifest beside it.")],
+    model: Annotated[str | None, typer.Option(help="The source to compare with; the manifest's if left out.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Its checkpoint; the manifest's if left out.")] = None,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001 -- as above
+) -> None:
+    """Verify an exported artifact again, from its manifest."""
+    from mobilemix import api
+
+    with _progress("Verifying") as listener:
+        parity = api.verify(artifact, model=model, weights=weights, listener=listener)
+    if json:
+        from mobilemix.manifest import dumps
+
+        typer.echo(dumps({"path": artifact, "passed": parity.passed, "parity": parity}))
+    else:
+        _console().print(_parity_table(parity))
+        _verdict(artifact, parity, "")
+    if not parity.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def models(json: Json = False, debug: Debug = False) -> None:  # noqa: ARG001 -- as above
+    """List the models with what they cost, as mobilemix counts it and as their authors published it."""
+    from mobilemix.models.flops import count
+    from mobilemix.models.registry import MODELS, build
+
+    rows: list[dict[str, Any]] = []
+    with _progress("Counting") as listener:
+        for spec in MODELS.values():
+            listener(spec.name)
+            cost = count(build(spec), (1, 3, spec.input_size, spec.input_size))
+            rows.append(
+                {
+                    "name": spec.name,
+                    "parameters": cost.parameters,
+                    "published_parameters": spec.published_parameters and round(spec.published_parameters * 1e6),
+                    "multiply_adds": cost.macs,
+                    "published_multiply_adds": spec.published_gmacs and round(spec.published_gmacs * 1e9),
+                    "input_size": spec.input_size,
+                    "published_top1": spec.published_top1,
+                    "paper": f"arXiv:{spec.family.paper}",
+                }
+            )
+    if json:
+        from mobilemix.manifest import dumps
+
+        typer.echo(dumps(rows))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model")
+    for heading in ("parameters (M)", "published", "multiply-adds (G)", "published", "input", "top-1 (%)"):
+        table.add_column(heading, justify="right")
+    table.add_column("paper")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['published_parameters'] / 1e6:g}" if row["published_parameters"] else "–",
+            f"{row['multiply_adds'] / 1e9:.3f}",
+            f"{row['published_multiply_adds'] / 1e9:g}" if row["published_multiply_adds"] else "–",
+            str(row["input_size"]),
+            f"{row['published_top1']:.1f}" if row["published_top1"] else "–",
+            row["paper"],
+        )
+    _console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        typer.echo(f"mobilemix {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> NoReturn:
+    """Entry point: runs the application; what goes wrong becomes one line on standard error and exit code 2."""
+    usage_error: Any = typer.BadParameter.__base__  # the root of what the parser raises, under every typer
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except (MobilemixError, usage_error, KeyboardInterrupt, typer.Abort) as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"error: {_message(error)}", err=True)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return "interrupted; nothing was written"
+    text = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(text.split())
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _inputs(values: list[str]) -> dict[str, Any]:
+    """Read `--input` values: KIND, SHAPE or KIND:SHAPE."""
+    kinds: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    for value in values:
+        for part in value.split(":"):
+            sizes = part.lower().split("x")
+            if part in INPUT_KINDS:
+                kinds.append(part)
+            elif all(size.isdigit() for size in sizes):
+                shapes.append(tuple(map(int, sizes)))
+            else:
+                raise InputError(f"--input cannot be '{value}'; give image, tensor or a shape such as 1x3x224x224")
+    if len(set(kinds)) > 1:
+        raise InputError("--input is image or tensor, not both")
+    return {"input": kinds[0] if kinds else None, "input_shapes": tuple(shapes) or None}
+
+
+def _numbers(text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"'{text}' is not a comma list of numbers, such as 0.485,0.456,0.406") from None
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator["Listener"]:
+    """A spinner with the stage and the time it has taken, on standard error, gone when the work is done."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda stage: progress.update(task, description=f"{title} · {stage}")
+
+
+def _print_export(one: "Export") -> None:
+    seconds = sum(one.manifest.seconds.values())
+    _console().print(_parity_table(one.parity))
+    _verdict(one.path, one.parity, f" · {one.manifest.artifact['bytes'] / 1e6:.2f} MB · {seconds:.1f} s")
+
+
+def _verdict(path: Path, parity: "Parity", facts: str) -> None:
+    """The closing line: path, size, time and parity."""
+    worst = max(parity.agreement.values(), key=lambda one: one.relative_l2)
+    mark = "[green]verified[/]" if parity.passed else "[red]FAILED[/]"
+    samples = sum(one.samples for one in parity.agreement.values())
+    same = round(sum(one.samples * one.top1 for one in parity.agreement.values()))
+    match = f"relative error {worst.relative_l2:.1e} against {parity.reference} PyTorch · top-1 {same}/{samples}"
+    _console().print(f"{mark} {path}{facts} · {match}", soft_wrap=True)
+    if parity.departs:
+        _console().print(f"  first departure: {parity.departs}", soft_wrap=True, markup=False)
+
+
+def _parity_table(parity: "Parity") -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("inputs", "samples", "max error", "mean error", "relative L2", "1 − cosine", "top-1"):
+        table.add_column(heading, justify="left" if heading == "inputs" else "right")
+    for name, one in parity.agreement.items():
+        table.add_row(
+            name,
+            str(one.samples),
+            f"{one.max_abs:.1e}",
+            f"{one.mean_abs:.1e}",
+            f"{one.relative_l2:.1e}",
+            f"{max(0.0, 1 - one.cosine):.1e}",
+            f"{one.top1:.0%}",
+        )
+    return table
