@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mobilemix.errors import CheckpointError, UnknownNameError
-from mobilemix.models.inputs import check_image
+from mobilemix.models.common import check_image, linear_head
 
 MLP_RATIO = 4
-HEAD_INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,8 @@ class CASViT(Backbone):
         super().__init__(config, in_channels)
         width = config.channels[-1]
         self.norm = nn.BatchNorm2d(width)
-        self.head = _head(width, num_classes)
-        self.dist_head = _head(width, num_classes) if distillation else None
+        self.head = linear_head(width, num_classes)
+        self.dist_head = linear_head(width, num_classes) if distillation else None
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         pooled = self.norm(self.stages(x)[-1]).mean((-2, -1))
@@ -188,13 +187,6 @@ class CASViTFeatures(Backbone):
     def forward(self, x: Tensor) -> list[Tensor]:
         norms = (self.norm0, self.norm2, self.norm4, self.norm6)
         return [norm(features) for norm, features in zip(norms, self.stages(x), strict=True)]
-
-
-def _head(channels: int, num_classes: int) -> nn.Linear:
-    head = nn.Linear(channels, num_classes)
-    nn.init.trunc_normal_(head.weight, std=HEAD_INIT_STD)
-    nn.init.zeros_(head.bias)
-    return head
 
 
 def build(

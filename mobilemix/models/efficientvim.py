@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobilemix.errors import CheckpointError, UnknownNameError
-from mobilemix.models.inputs import check_image
+from mobilemix.models.common import check_image, linear_head
 
 MLP_RATIO = 4
 DOWNSAMPLE_EXPANSION = 4  # of the inverted residual between stages
@@ -33,7 +33,6 @@ SQUEEZE = 4  # of its squeeze-and-excitation
 TRANSITION_RANGE = (1.0, 16.0)  # of the uniform initial A
 GATE_INIT = 1e-4  # before the sigmoid
 NORM_EPS = 1e-5
-HEAD_INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,14 @@ class ChannelNorm(nn.Module):
 class HiddenStateMixer(nn.Module):
     """The paper's HSM-SSD layer: state-space duality whose gate and output projection act on the hidden states.
 
-    Every position adds to N hidden states, weighted by B and by a softmax over positions, which is the discretised
-    transition; the states are gated and projected; every position reads them back with its C. Shapes: (B, C, H·W) and
-    `size` (H, W) to the mixed map (B, C, H, W) and the hidden states (B, C, N).
+    Every position is written into N hidden states, weighted by its b and by a softmax over positions, which is the
+    discretised transition; the states are gated and projected; every position reads them back, weighted by its c.
+    Shapes: (B, C, H·W) with `size` (H, W) to the mixed map (B, C, H, W) and the hidden states (B, C, N).
     """
 
     def __init__(self, channels: int, states: int):
         super().__init__()
-        # A constant cancels in a softmax: A is here for the checkpoints alone.
+        # A constant cancels in a softmax over positions: A is here for the checkpoints alone.
         self.A = nn.Parameter(torch.empty(states).uniform_(*TRANSITION_RANGE), requires_grad=False)
         self.D = nn.Parameter(torch.ones(1))
         self.BCdt_proj = _pointwise(channels, 3 * states)
@@ -253,13 +252,7 @@ class EfficientViMFeatures(Backbone):
 
 
 def _heads(widths: Iterable[int], num_classes: int) -> nn.ModuleList:
-    heads = nn.ModuleList()
-    for width in widths:
-        head = nn.Linear(width, num_classes)
-        nn.init.trunc_normal_(head.weight, std=HEAD_INIT_STD)
-        nn.init.zeros_(head.bias)
-        heads.append(head)
-    return heads
+    return nn.ModuleList(linear_head(width, num_classes) for width in widths)
 
 
 def _fuse(pooled: Iterable[Tensor], heads: Iterable[nn.Module], weights: Tensor) -> Tensor:
