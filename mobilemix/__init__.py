@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mobilemix.errors import MobilemixError
     from mobilemix.manifest import Manifest, read_manifest
     from mobilemix.models.registry import create_model, list_models
-    from mobilemix.recipe import Recipe, load_recipe
     from mobilemix.parity import Agreement, Parity, Tolerance
+    from mobilemix.recipe import Recipe, load_recipe
 
 __all__ = [
     "Agreement",

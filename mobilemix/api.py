@@ -21,12 +21,12 @@ from mobilemix.errors import InputError, UnknownNameError
 from mobilemix.labels import read_labels
 from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, versions
 from mobilemix.models.checkpoint import fingerprint
+from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import lower
 from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
 from mobilemix.source import Source, load_source
 from mobilemix.targets import find_target
 from mobilemix.targets.base import Check, Inputs, Lowered, Target
-from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 
 NOISE_SAMPLES = 2
 PHOTOGRAPHS = 5

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+
+from mobilemix.errors import InputError, MobilemixError, UnknownNameError
+from mobilemix.recipe import Recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "export").glob("*.toml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_key_is_read_and_paths_are_relative_to_the_file(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        model = "affnet_t"
+        weights = "w.safetensors"
+        target = "onnx"
+        precision = "fp32"
+        input = "tensor"
+        input_shapes = [1, 3, 224, 192]
+        mean = [0.5, 0.5, 0.5]
+        std = [1, 1, 1]
+        opset = 20
+        minimum_ios = 17
+        labels = "labels.txt"
+        tolerance = 1e-4
+        max_size_mb = 12
+        """,
+    )
+    assert load_recipe(path) == Recipe(
+        model="affnet_t",
+        weights=tmp_path / "w.safetensors",
+        target="onnx",
+        precision="fp32",
+        input="tensor",
+        input_shapes=((1, 3, 224, 192),),
+        mean=(0.5, 0.5, 0.5),
+        std=(1.0, 1.0, 1.0),
+        opset=20,
+        minimum_ios=17,
+        labels=tmp_path / "labels.txt",
+        tolerance=1e-4,
+        max_size_mb=12.0,
+    )
+
+
+def test_several_inputs(tmp_path):
+    assert load_recipe(write(tmp_path, "input_shapes = [[1, 3, 8, 8], [1, 4]]")).input_shapes == ((1, 3, 8, 8), (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = ", "cannot read the recipe"),
+        ("modle = 'x'", "did you mean 'model'"),
+        ("model = 3", "'model' cannot be 3"),
+        ("opset = true", "'opset' cannot be True"),
+        ("opset = 7", "opset 7 is not supported; valid: 18 to 21"),
+        ("target = 'onx'", "did you mean 'onnx'"),
+        ("precision = 'fp61'", "unknown precision"),
+        ("input = 'picture'", "unknown input kind"),
+        ("minimum_ios = 12", "valid: 15, 16, 17, 18"),
+        ("input_shapes = [1, 0]", "below 1"),
+        ("input_shapes = []", "below 1"),
+        ("input_shapes = 'x'", "cannot be 'x'"),
+        ("mean = [0.5]", "one value a channel"),
+        ("mean = [0.5]\nstd = [0.0]", "std above 0"),
+        ("tolerance = -1", "above 0"),
+        ("tolerance = nan", "above 0"),
+        ("max_size_mb = 'big'", "cannot be 'big'"),
+    ],
+)
+def test_what_no_recipe_can_have_is_one_clear_line(tmp_path, text, message):
+    with pytest.raises((InputError, UnknownNameError), match=message) as caught:
+        load_recipe(write(tmp_path, text))
+    assert "\n" not in str(caught.value).strip()
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path):
+    with pytest.raises(MobilemixError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path):
+    from mobilemix.models.registry import MODELS
+
+    assert load_recipe(path).model in MODELS
+
+
+def test_recipes_are_shipped():
+    assert RECIPES
