@@ -1,0 +1,150 @@
+"""Lowered program → checked ONNX file: translate, rewrite, tidy with onnxsim, name, describe, check, write."""
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxsim
+from onnx_ir.passes import common
+
+import mobilemix
+from mobilemix.errors import TargetError
+from mobilemix.parity import relative_l2
+from mobilemix.recipe import Recipe
+from mobilemix.targets.base import Lowered
+from mobilemix.targets.onnx.rewrites import rewrite
+from mobilemix.targets.onnx.runtime import OnnxRunner, first_line, read_model
+from mobilemix.targets.onnx.translate import translate
+
+EXTERNAL_DATA_BYTES = 1_500_000_000
+"""Larger models keep their weights in a file beside them: protobuf stops at 2^31 bytes, readers' copies before that."""
+
+TIDY_TOLERANCE = 1e-5
+"""Largest relative L2 change of an output that onnxsim may cause, by rounding folded constants."""
+
+# The oldest file version that has the operators, because runtimes on phones refuse newer ones than they know.
+_IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10}
+
+
+def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+    """Write `lowered` as an ONNX file, with `destination.stem`.data beside it where it is large.
+
+    The same program and recipe give the same bytes.
+
+    Raises:
+        UnsupportedOpError: an operator that ONNX has none for.
+        TargetError: torch.onnx, onnxsim or the checker refused the graph, or onnxsim changed what it computes.
+    """
+    translation = translate(lowered, recipe.opset)
+    model = translation.model
+    rewrite(model)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+        draft, tidied, final = (Path(folder, stage, destination.name) for stage in ("draft", "tidied", "final"))
+        save(model, draft)
+        _tidy(draft, tidied)
+        _expect_same(draft, tidied)
+        model = ir.load(tidied)
+        _finish(model, translation.modules, lowered, recipe.opset)
+        save(model, final)
+        check(final)
+        for file in sorted(final.parent.iterdir(), key=lambda file: file == final):  # the model after its weights
+            file.replace(destination.with_name(file.name))
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write the model to a folder of its own, with the weights in `path.stem`.data if it is large."""
+    path.parent.mkdir()
+    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > EXTERNAL_DATA_BYTES
+    ir.save(model, path, external_data=f"{path.stem}.data" if large else None)
+
+
+def annotate(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add to the metadata of a file that exists; it is replaced whole or not at all.
+
+    Raises:
+        InputError: not an ONNX file.
+    """
+    model = read_model(path)
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**known, **metadata})
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        draft = Path(folder, path.name)
+        draft.write_bytes(model.SerializeToString(deterministic=True))
+        draft.replace(path)
+
+
+def _tidy(source: Path, destination: Path) -> None:
+    """Let onnxsim fold, fuse and remove what our rewrites left."""
+    destination.parent.mkdir()
+    try:
+        # It prints on its way; certification would depend on what else is installed, and records itself in the file.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            onnxsim.simplify(
+                str(source),
+                output_path=str(destination),
+                certify=False,
+                import_custom_schemas=False,
+                inline_functions=False,
+            )
+    except Exception as error:
+        raise TargetError(f"onnxsim cannot simplify the graph: {first_line(error)}") from error
+
+
+def _expect_same(before: Path, after: Path) -> None:
+    """Compare outputs on noise, because what onnxsim does to a graph is nobody's promise."""
+    noise = np.random.default_rng(0)
+    sample = {
+        value.name: noise.standard_normal([size.dim_value for size in value.type.tensor_type.shape.dim], np.float32)
+        for value in read_model(before).graph.input
+    }
+    expected, outputs = (OnnxRunner(path).run(sample) for path in (before, after))
+    for name, value in expected.items():
+        if not (error := relative_l2(outputs[name], value)) <= TIDY_TOLERANCE:
+            raise TargetError(
+                f"onnxsim changed output '{name}' by {error:.1e}, more than rounding ({TIDY_TOLERANCE:.0e})"
+            )
+
+
+def _finish(model: ir.Model, modules: Mapping[str, str], lowered: Lowered, opset: int) -> None:
+    """Say what the model is and where each node comes from, and nothing about the machine that made it."""
+    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()  # onnxsim's log
+    model.graph.metadata_props.clear()
+    common.ShapeInferencePass(strict_mode=True, data_prop=True)(model)
+    paths = dict(modules)
+    for node in reversed(model.graph):
+        # What a translation or a rewrite put in front of a value belongs to the same module.
+        value = node.outputs[0]
+        readers = (str(user.outputs[0].name) for user, _ in value.uses())
+        path = paths.setdefault(str(value.name), next((paths[name] for name in readers), ""))
+        node.name = f"{path}/{value.name}" if path else value.name
+    model.graph.name = lowered.name
+    model.ir_version = _IR_VERSIONS[opset]
+    model.producer_name, model.producer_version = "mobilemix", mobilemix.__version__
+    model.doc_string = lowered.metadata.get("description")
+    model.metadata_props.update(_metadata(lowered))
+
+
+def _metadata(lowered: Lowered) -> dict[str, str]:
+    """What an app needs beside the graph; lists are JSON."""
+    lists = {"mean": lowered.mean, "std": lowered.std, "labels": lowered.labels}
+    described = {key: json.dumps(values, ensure_ascii=False) for key, values in lists.items() if values is not None}
+    return {"model": lowered.name, **described, **lowered.metadata}
+
+
+def check(path: Path) -> None:
+    """Hold the whole file against the standard, every shape included.
+
+    Raises:
+        TargetError: it is not valid ONNX.
+    """
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise TargetError(f"the ONNX checker refuses the graph: {first_line(error)}") from error

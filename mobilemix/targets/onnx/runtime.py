@@ -1,0 +1,85 @@
+"""ONNX files executed by ONNX Runtime on the CPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
+
+from mobilemix.errors import InputError, TargetError
+from mobilemix.targets.base import Array, Inputs
+
+_FATAL_ONLY = 4
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read the graph of an ONNX file; weights in a file beside it stay there.
+
+    Raises:
+        InputError: missing, corrupt, or not ONNX.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise InputError(f"cannot read {path} as an ONNX model: {error}") from error
+    # Almost any bytes decode as some protobuf message; every ONNX model has these.
+    if not model.ir_version or not model.graph.output:
+        raise InputError(f"{path} is not an ONNX model, or it is cut short")
+    return model
+
+
+class OnnxRunner:
+    """An ONNX model in ONNX Runtime; `optimised` False runs its nodes exactly as they are written."""
+
+    def __init__(self, path: Path, optimised: bool = True) -> None:
+        """Open the file.
+
+        Raises:
+            InputError: missing, corrupt, or not ONNX.
+            TargetError: ONNX Runtime has no kernel for one of its nodes.
+        """
+        self._model = read_model(path)
+        self._folder = path.parent.resolve()
+        self._session = self._open(self._model, optimised)
+
+    def run(self, inputs: Inputs) -> dict[str, Array]:
+        """Execute; outputs by name, float32."""
+        names = [output.name for output in self._session.get_outputs()]
+        values = self._session.run(names, dict(inputs))
+        return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}
+
+    def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
+        """Every floating-point value that a node computes, in the file's order, before any optimisation."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        types = {
+            value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)
+        }
+        names = [name for node in model.graph.node for name in node.output if types.get(name) in _FLOATS]
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+        for name, value in zip(names, self._open(model, optimised=False).run(names, dict(inputs)), strict=True):
+            yield name, value.astype(np.float32)
+
+    def _open(self, model: onnx.ModelProto, optimised: bool) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+        options.log_severity_level = _FATAL_ONLY
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(self._folder))
+        try:
+            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except MissingKernel as error:
+            raise TargetError(f"ONNX Runtime has no kernel for a node of the model: {first_line(error)}") from error
+        except Exception as error:
+            raise InputError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of native code says before its stack trace."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,181 @@
+"""ExportedProgram → onnx_ir model, through `torch.onnx.export`, with the program's own value names kept."""
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import NameFixPass, OutputFixPass
+from torch import fx
+from torch.export import ExportedProgram
+
+from mobilemix.errors import MobilemixError, TargetError, UnsupportedOpError
+from mobilemix.targets.base import Lowered
+from mobilemix.targets.onnx.translations import TRANSLATIONS, finish
+
+_NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Translation:
+    """An ONNX graph of a program, nothing optimised.
+
+    Attributes:
+        model: inputs and outputs have the lowered model's names, and values those of the program's nodes, as far as
+            their operators have an ONNX form of their own.
+        modules: value name → path of the module that computes it, where one is known.
+    """
+
+    model: ir.Model
+    modules: Mapping[str, str]
+
+
+def translate(lowered: Lowered, opset: int) -> Translation:
+    """Translate a lowered program.
+
+    Raises:
+        UnsupportedOpError: an operator that has neither an ONNX form nor a decomposition.
+        TargetError: `torch.onnx` failed in another way, or could not convert to the opset.
+    """
+    exportable = _Exportable.of(lowered.program)
+    try:
+        with _silence():
+            exported = torch.onnx.export(
+                exportable,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                opset_version=opset,
+                custom_translation_table=dict(TRANSLATIONS),
+            )
+    except Exception as error:
+        raise _explain(error, exportable.translated) from error
+    assert exported is not None
+    model = exported.model
+    reached = model.opset_imports[""]
+    if reached != opset:
+        raise TargetError(f"torch.onnx could not convert the graph to opset {opset}; it stays at {reached}: use that")
+    finish(model)
+    names = _source_names(lowered.program.graph, exportable.translated) if exportable.was_decomposed else {}
+    for node in model.graph:
+        for output in node.outputs:
+            output.name = names.get(str(output.name), output.name)
+    modules = _modules(lowered.program.graph)
+    OutputFixPass()(model)  # gives every output a value of its own, that is no input and no constant
+    for value, name in zip(model.graph.outputs, lowered.output_names, strict=True):
+        modules[name] = modules.get(str(value.name), "")
+        value.name = name
+    for value, name in zip(model.graph.inputs, lowered.input_names, strict=True):
+        value.name = name
+    NameFixPass()(model)  # renames what has the same name as an input or output
+    return Translation(model, modules)
+
+
+class _Exportable(ExportedProgram):
+    """A program that decomposes only what ONNX lacks.
+
+    `torch.onnx.export` retraces every program to decompose it, which takes half of its time and names all nodes anew.
+    It hands over the table of what ONNX has no operator for, so a program that has none of those, which is the rule
+    after our passes, can stay as it is.
+    """
+
+    translated: fx.Graph
+    """The graph that was translated; its nodes know where in the user's source they come from."""
+    was_decomposed: bool
+
+    @classmethod
+    def of(cls, program: ExportedProgram) -> "_Exportable":
+        """A shallow copy with a graph of its own, because the exporter edits the graph in place."""
+        exportable = cls.__new__(cls)
+        exportable.__dict__.update(program.__dict__)
+        exportable._graph_module = copy.deepcopy(program.graph_module)
+        exportable.translated, exportable.was_decomposed = exportable.graph, False
+        return exportable
+
+    def run_decompositions(
+        self, decomp_table: Mapping[Any, Any] | None = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        """Itself where nothing is in the table, else decomposed; nodes then remember theirs in `from_node`."""
+        targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
+        lacking = [target for target in targets if decomp_table is not None and target in decomp_table]
+        if not lacking and not any(_mutates(target) for target in targets):
+            return self
+        decomposed: ExportedProgram = super().run_decompositions(dict(decomp_table or {}), decompose_custom_triton_ops)
+        self.translated, self.was_decomposed = decomposed.graph, True
+        return decomposed
+
+
+def _mutates(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _source_names(program: fx.Graph, translated: fx.Graph) -> dict[str, str]:
+    """Names of the translated graph's nodes → those of the program's nodes that they were made from.
+
+    The last node made from a source computes its value and takes its name; what comes before is put under that name.
+    """
+    sources = {node.name for node in program.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
+    made: dict[str, list[str]] = {}
+    for node in translated.nodes:
+        if node.op == "call_function" and (origin := node.meta.get("from_node")) and origin[0].name in sources:
+            made.setdefault(origin[0].name, []).append(node.name)
+    names: dict[str, str] = {}
+    for source, (*parts, last) in made.items():
+        names |= {part: f"{source}.{part}" for part in parts} | {last: source}
+    return names
+
+
+def _modules(graph: fx.Graph) -> dict[str, str]:
+    """Node names → path of the module of the user's that computes them, "" for the outermost."""
+    paths = {}
+    for node in graph.nodes:
+        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        paths[node.name] = stack[-1] if stack else ""
+    return paths
+
+
+def _explain(error: Exception, graph: fx.Graph) -> MobilemixError:
+    """One line of what `torch.onnx` says in fifty: the operator, why, and where it is in the user's source."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)  # type: ignore[arg-type]
+    reason = str(causes[-1]).strip().splitlines()[0] if str(causes[-1]).strip() else type(causes[-1]).__name__
+    for cause in reversed(causes):
+        if found := re.match(r"Error when translating node %(\w+)", str(cause)):
+            node = next(node for node in graph.nodes if node.name == found[1])
+            if reason.startswith("No ONNX function found"):
+                return UnsupportedOpError(f"ONNX has no operator for {node.target}{_place(node)}")
+            return TargetError(f"torch.onnx cannot translate {node.target}{_place(node)}: {reason}")
+    return TargetError(f"torch.onnx cannot export the program: {reason}")
+
+
+def _place(node: fx.Node) -> str:
+    """Where the user's code made the node: " (model.py:12, in forward)", or nothing."""
+    lines = re.findall(r'File "(.+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
+    if not lines:
+        return ""
+    file, line, function = lines[-1]
+    return f" ({Path(file).name}:{line}, in {function})"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter's warnings from the user: they are about packages and arguments that are not theirs."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
