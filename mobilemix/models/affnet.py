@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobilemix.errors import CheckpointError, UnknownNameError
+from mobilemix.models.common import check_image, linear_head
 
 Norm = Literal["layer", "batch"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -169,6 +170,7 @@ class AFFNet(nn.Module):
 
     def __init__(self, config: Config, num_classes: int, in_channels: int, norm: Norm):
         super().__init__()
+        self.in_channels = in_channels
         c1, c2, c3, c4, c5 = config.channels
         head = min(HEAD_EXPANSION * c5, HEAD_CHANNELS_MAX)
         self.conv_1 = ConvLayer(in_channels, STEM_CHANNELS, 3, stride=2)
@@ -178,11 +180,14 @@ class AFFNet(nn.Module):
         self.layer_4 = _filter_stage(c3, c4, FILTER_BLOCKS[1], config.expansion, norm)
         self.layer_5 = _filter_stage(c4, c5, FILTER_BLOCKS[2], config.expansion, norm)
         self.conv_1x1_exp = ConvLayer(c5, head, 1)
-        self.classifier = nn.Sequential(OrderedDict(fc=nn.Linear(head, num_classes)))
-        self.apply(_initialise)
+        self.classifier = nn.Sequential(OrderedDict(fc=linear_head(head, num_classes)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Feature maps of the five stages, (B, channels, H / stride, W / stride) each."""
+        check_image(x, self.in_channels)
         x = self.conv_1(x)
         maps = []
         for stage in (self.layer_1, self.layer_2, self.layer_3, self.layer_4, self.layer_5):
@@ -212,14 +217,6 @@ def _filter_stage(in_channels: int, out_channels: int, blocks: int, expansion: i
     return nn.Sequential(
         InvertedResidual(in_channels, out_channels, 2, expansion), FilterStage(out_channels, blocks, norm)
     )
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def build(

@@ -2,7 +2,7 @@ import models_fidelity
 import pytest
 import torch
 
-from mobilemix.errors import CheckpointError, UnknownNameError
+from mobilemix.errors import CheckpointError, InputError, UnknownNameError
 from mobilemix.models import affnet
 
 EXPORT_TOLERANCE = 1e-5
@@ -45,6 +45,12 @@ def test_any_input_size_runs(size: tuple[int, int]) -> None:
         logits = model(torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)))
     assert logits.shape == (1, 5)
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 3, 0, 64)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="expected an image"):
+        affnet.build("affnet_et")(torch.zeros(shape))
 
 
 def test_features_are_the_five_stages() -> None:
