@@ -22,7 +22,7 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
 
 
 def test_it_is_plain_json_beside_the_artifact(tmp_path):
-    artifact, _ = make(tmp_path)
+    make(tmp_path)
     table = json.loads((tmp_path / "net.onnx.manifest.json").read_text())
     assert table["schema"] == 1
     assert table["recipe"]["input_shapes"] == [[1, 3, 8, 8]]
@@ -33,7 +33,9 @@ def test_no_manifest_is_one_clear_line(tmp_path):
         read_manifest(tmp_path / "net.onnx")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "recipe": []}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "recipe": []}', "\x00"]
+)
 def test_a_malformed_manifest_is_one_clear_line(tmp_path, text):
     artifact, _ = make(tmp_path)
     manifest_path(artifact).write_text(text)

@@ -69,7 +69,7 @@ def test_a_package_module_is_imported_from_the_working_folder(file, monkeypatch)
         ("SIZE", InputError, "is a int"),
         ("needs", InputError, r"needs arguments \(width\)"),
         ("wrong", InputError, "returned a str"),
-        ("broken", CaptureError, r"RuntimeError: no such\s+layer .*my_net.py:26"),
+        ("broken", CaptureError, r"RuntimeError: no such\s+layer .*my_net.py:25"),
     ],
 )
 def test_a_factory_that_does_not_work_is_explained(file, factory, error, message):

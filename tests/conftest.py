@@ -1,0 +1,47 @@
+"""What several tests need: a small network with everything that makes exporters refuse, in a user's own file."""
+
+from pathlib import Path
+
+import pytest
+
+NETWORK = '''
+import torch
+from torch import nn
+
+
+class SpectralNet(nn.Module):
+    """Convolution, batch norm, a filter in the frequency domain, an exact GELU and a classifier."""
+
+    def __init__(self, classes=4, channels=3, width=8, size=16):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.stem = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.filter = nn.Parameter(torch.randn(width, size // 2, size // 4 + 1, 2, generator=generator))
+        self.head = nn.Linear(width, classes)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+            self.norm.running_mean.copy_(torch.randn(width, generator=generator) * 0.1)
+            self.norm.running_var.copy_(torch.rand(width, generator=generator) + 0.5)
+
+    def forward(self, image):
+        x = self.norm(self.stem(image))
+        spectrum = torch.fft.rfft2(x, norm="ortho") * torch.view_as_complex(self.filter)
+        x = x + torch.fft.irfft2(spectrum, s=x.shape[-2:], norm="ortho")
+        return self.head(nn.functional.gelu(x).mean((2, 3)))
+
+
+def make():
+    return SpectralNet()
+'''
+
+SHAPE = "1x3x16x16"
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> str:
+    """`file.py:factory` of the network; it takes images of `SHAPE`."""
+    path = tmp_path / "spectral_net.py"
+    path.write_text(NETWORK)
+    return f"{path}:make"

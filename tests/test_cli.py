@@ -1,0 +1,167 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SHAPE
+
+from mobilemix import cli, files
+
+COMMAND = [sys.executable, "-m", "mobilemix"]
+
+
+@pytest.fixture
+def mobilemix(monkeypatch, capsys):
+    """Run the command line in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_export_says_where_how_large_how_long_and_how_close(mobilemix, network, tmp_path):
+    code, out, _ = mobilemix("export", network, "--input", SHAPE, "-o", tmp_path / "out")
+    assert code == 0
+    closing = out.splitlines()[-1]
+    assert closing.startswith(f"verified {tmp_path / 'out' / 'make.mlpackage'} · ")
+    for part in (" MB · ", " s · relative error ", " against float64 PyTorch · top-1 "):
+        assert part in closing
+    assert (tmp_path / "out" / "make.mlpackage" / "Manifest.json").exists()
+
+
+@pytest.mark.parametrize("targets", [["-t", "onnx,coreml"], ["-t", "onnx", "--target", "coreml"]])
+def test_several_targets(mobilemix, network, tmp_path, targets):
+    code, out, _ = mobilemix(
+        "export", network, "--input", f"tensor:{SHAPE}", "-o", tmp_path / "out", "--json", *targets
+    )
+    assert code == 0
+    exports = json.loads(out)
+    assert [Path(one["path"]).name for one in exports] == ["make.onnx", "make.mlpackage"]
+    assert all(one["manifest"]["parity"]["passed"] for one in exports)
+
+
+def test_verify_and_its_exit_codes(mobilemix, network, tmp_path):
+    mobilemix("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path)
+    code, out, _ = mobilemix("verify", tmp_path / "make.onnx")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("verified ")
+    manifest = tmp_path / "make.onnx.manifest.json"
+    manifest.write_text(manifest.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    code, out, _ = mobilemix("verify", tmp_path / "make.onnx", "--json")
+    assert code == 1
+    assert json.loads(out)["passed"] is False
+
+
+def test_a_failed_verification_exits_with_1_and_says_why(mobilemix, network, tmp_path):
+    arguments = ("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path, "--tolerance", "1e-12")
+    code, out, _ = mobilemix(*arguments)
+    assert code == 1
+    assert "FAILED" in out
+    assert "first departure: " in out
+
+
+def test_a_recipe_and_options_over_it(mobilemix, network, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('target = "onnx"\nopset = 19\ninput_shapes = [1, 3, 16, 16]\n')
+    code, out, _ = mobilemix("export", network, "--recipe", recipe, "--opset", "20", "-o", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out)[0]["manifest"]["recipe"]["opset"] == 20
+
+
+def test_models_lists_what_the_papers_say(mobilemix):
+    code, out, _ = mobilemix("models", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["efficientvim_m1"]["published_parameters"] == 6_700_000
+    assert abs(rows["efficientvim_m1"]["parameters"] / 6_700_000 - 1) < 0.01
+    code, out, _ = mobilemix("models")
+    assert code == 0
+    assert all(name in out for name in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "afnet_t"], "unknown model 'afnet_t'; did you mean 'affnet_t'? Valid: "),
+        (["export", "-t", "corml"], "unknown target 'corml'; did you mean 'coreml'? Valid: coreml, onnx"),
+        (["export", "--precision", "fp61"], "unknown precision 'fp61'; did you mean 'fp16'? Valid: fp16, fp32"),
+        (["export", "--opset", "9"], "opset 9 is not supported; valid: 18 to 21"),
+        (["export", "--minimum-ios", "12"], "iOS 12 is not supported; valid: 15, 16, 17, 18"),
+        (["export", "--input", "1x3xtall"], "--input cannot be '1x3xtall'"),
+        (["export", "--input", "image", "--input", "tensor"], "--input is image or tensor, not both"),
+        (["export", "--mean", "a,b"], "'a,b' is not a comma list of numbers"),
+        (["export", "--mean", "0.5,0.5,0.5"], "one value a channel"),
+        (["export", "--weights", "none.safetensors"], "none.safetensors"),
+        (["export", "--labels", "none.txt"], "none.txt"),
+        (["export", "--recipe", "none.toml"], "cannot read the recipe none.toml"),
+        (["export", "nowhere.py:make", "--input", "1x3x8x8"], "there is no file nowhere.py"),
+        (["export", "efficientvim_m1", "--input", "3x224x224"], "one input of 4 dimensions"),
+        (["export", "--colour"], "No such option: --colour"),
+        (["exprt"], "No such command 'exprt'"),
+        (["verify"], "Missing argument"),
+        (["verify", "nowhere.onnx"], "there is no artifact nowhere.onnx"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(mobilemix, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mobilemix(*arguments)
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    run = subprocess.run([*COMMAND, "export", "afnet_t", "--debug"], cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" in run.stderr
+
+
+def test_an_output_folder_that_is_a_file(mobilemix, network, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    code, _, err = mobilemix("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path / "out")
+    assert code == 2
+    assert "cannot write to" in err
+
+
+def test_version_and_help(mobilemix):
+    assert mobilemix("--version")[:2] == (0, "mobilemix 0.1.0\n")
+    assert "export" in mobilemix("--help")[1]
+    assert "export" in mobilemix()[1]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_the_older_artifact_and_nothing_half_made(network, tmp_path, stop):
+    out = tmp_path / "out"
+    arguments = [*COMMAND, "export", network, "-t", "onnx", "--input", SHAPE, "-o", str(out)]
+    subprocess.run(arguments, check=True, capture_output=True)
+    artifact = out / "make.onnx"
+    before = files.sha256(artifact)
+
+    run = subprocess.Popen([*arguments, "--opset", "20"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob(".mobilemix-*")) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    run.send_signal(stop)
+    _, err = run.communicate(timeout=60)
+
+    assert files.sha256(artifact) == before
+    if stop != signal.SIGKILL:
+        assert run.returncode == 2
+        assert err.splitlines()[-1] == "error: interrupted; nothing was written"
+        assert sorted(path.name for path in out.iterdir()) == ["make.onnx", "make.onnx.manifest.json"]
+    # Whatever a killed run left is gone after the next one.
+    subprocess.run(arguments, check=True, capture_output=True)
+    assert sorted(path.name for path in out.iterdir()) == ["make.onnx", "make.onnx.manifest.json"]
