@@ -56,10 +56,16 @@ class Runner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One verification step that is particular to a target: its name, whether it held, and what it found."""
+    """One verification step that is particular to a target.
+
+    Attributes:
+        name: of the step.
+        passed: whether it held; None if it could not run on this machine.
+        detail: what it found, or why it was not run.
+    """
 
     name: str
-    passed: bool
+    passed: bool | None
     detail: str
 
 
@@ -70,6 +76,8 @@ class Target(Protocol):
     suffix: str
     precisions: tuple[str, ...]
     """Valid precisions, the default first."""
+    takes_images: bool
+    """Whether an artifact can declare an image as its input, with the normalisation inside."""
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         """Write the artifact to `destination`, a temporary path that the caller renames.
@@ -78,9 +86,6 @@ class Target(Protocol):
             UnsupportedOpError: an operator that the target does not have.
             TargetError: the target's compiler refused the graph.
         """
-
-    def annotate(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Add string metadata (the manifest) to an artifact that exists."""
 
     def load(self, path: Path) -> Runner:
         """Read an artifact back from disk.

@@ -24,7 +24,6 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813, its name eve
 from coremltools.converters.mil.mil import Block
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
-from coremltools.proto import Model_pb2
 from torch.export import ExportedProgram
 
 from mobilemix.errors import InputError, TargetError, UnsupportedOpError
@@ -91,16 +90,6 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         specification = model.get_spec()
         _describe(specification, lowered, recipe)
         _write(specification, Path(model.weights_dir), destination)
-
-
-def annotate(path: Path, metadata: Mapping[str, str]) -> None:
-    """Add user-defined metadata to a package on disk; its program and weights stay as they are."""
-    file = path / _SPECIFICATION_PATH
-    specification = Model_pb2.Model.FromString(file.read_bytes())
-    specification.description.metadata.userDefined.update(metadata)
-    temporary = file.with_suffix(".new")
-    temporary.write_bytes(_serialised(specification))
-    temporary.replace(file)
 
 
 @contextlib.contextmanager

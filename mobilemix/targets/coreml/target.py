@@ -1,5 +1,161 @@
-"""The Core ML target (being written)."""
+"""The Core ML target: compile, run here, and verify step by step."""
+
+import dataclasses
+import json
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import coremltools as ct
+import numpy as np
+from PIL import Image
+
+from mobilemix import parity
+from mobilemix.recipe import Recipe
+from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
+from mobilemix.targets.coreml.audit import FAINT, audit
+from mobilemix.targets.coreml.convert import NORMALISATION_KEY, convert, quiet
+from mobilemix.targets.coreml.equivalence import Equivalence, compare
+from mobilemix.targets.coreml.executor import Executor
+from mobilemix.targets.coreml.package import Package, read_package
+
+BUILD_RELATIVE_L2 = 1e-5
+"""How far the float32 build may be from the float64 reference: another order of summation, nothing else."""
+
+NATIVE_RELATIVE_L2: Mapping[str, float] = {"fp32": 1e-4, "fp16": 2e-2}
+"""How far Core ML itself may be from this executor: its kernels accumulate in another order, and fp16 in fp16."""
+
+
+class PackageRunner:
+    """A saved package, executed by mobilemix's own interpreter (see `mobilemix.targets.base.Runner`)."""
+
+    def __init__(self, package: Package) -> None:
+        """Prepare to execute; an fp16 package rounds every value that it declares as fp16."""
+        self.package = package
+        self.is_fp16 = any(output.dtype == "fp16" for each in package.operations for output in each.outputs)
+        self.executor = Executor(package, rounding="fp16" if self.is_fp16 else "none")
+        description = package.spec.description
+        self.outputs = [
+            feature.name for feature in description.output if feature.type.WhichOneof("Type") == "multiArrayType"
+        ]
+        normalisation = description.metadata.userDefined.get(NORMALISATION_KEY)
+        self.normalisation = json.loads(normalisation) if normalisation else None
+
+    def run(self, inputs: Inputs) -> dict[str, Array]:
+        """Outputs by name, float32; of a classifier the model's own, not the label and its probabilities."""
+        values = self.executor.run(self.feed(inputs))
+        return {name: np.asarray(values[name], dtype=np.float32) for name in self.outputs}
+
+    def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
+        """Every intermediate value."""
+        return self.executor.values(self.feed(inputs))
+
+    def feed(self, inputs: Inputs) -> dict[str, Array]:
+        """What the package takes: for an image, pixels (x · std + mean) · 255, computed in float64 and not clipped."""
+        if self.normalisation is None:
+            return dict(inputs)
+        ((name, value),) = inputs.items()
+        mean, std = (np.reshape(self.normalisation[key], (1, -1, 1, 1)) for key in ("mean", "std"))
+        return {name: ((value.astype(np.float64) * std + mean) * 255).astype(np.float32)}
 
 
 class CoreMLTarget:
-    """Placeholder until the executor lands."""
+    """ML Program packages for iOS 15 to 18 (see `mobilemix.targets.base.Target`)."""
+
+    name = "coreml"
+    suffix = ".mlpackage"
+    precisions = ("fp16", "fp32")
+    takes_images = True
+
+    def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+        """See `mobilemix.targets.coreml.convert.convert`, and its errors."""
+        convert(lowered, recipe, destination)
+
+    def load(self, path: Path) -> Runner:
+        """Read a package back. Raises InputError if it is none."""
+        return PackageRunner(read_package(path))
+
+    def op_histogram(self, path: Path) -> dict[str, int]:
+        """Operations by type, most frequent first, constants not counted."""
+        types = Counter(each.type for each in read_package(path).operations if each.type != "const")
+        return dict(types.most_common())
+
+    def checks(self, lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
+        """Three steps from float64 to the saved fp16 package, each exact enough to show a single wrong bit.
+
+        (1) The float32 build of the same program agrees with the lowered program in float64. (2) The fp16 package is
+        that build with its numbers rounded. (3) The numbers fit fp16. A float32 package is itself the build of step 1.
+        On macOS Core ML runs the package, too.
+        """
+        runner = PackageRunner(read_package(path))
+        with tempfile.TemporaryDirectory() as folder:
+            build = runner
+            if runner.is_fp16:
+                full = Path(folder, f"build{self.suffix}")
+                convert(lowered, dataclasses.replace(recipe, precision="fp32"), full)
+                build = PackageRunner(read_package(full))
+            checks = [_build_check(lowered, build, samples)]
+            if runner.is_fp16:
+                equivalence = compare(build.package, runner.package)
+                checks += [_equivalence_check(equivalence), _range_check(build, equivalence, samples)]
+        return [*checks, _native_check(runner, path, samples)]
+
+
+def _build_check(lowered: Lowered, build: PackageRunner, samples: Sequence[Inputs]) -> Check:
+    reference = parity.reference(lowered.program.module(), samples)
+    answers = [build.run(sample) for sample in samples]
+    outputs = [[answer[name] for name in lowered.output_names] for answer in answers]
+    error = parity.compare(outputs, reference.outputs).relative_l2
+    return Check(
+        "fp32 build",
+        error <= BUILD_RELATIVE_L2,
+        f"relative L2 {error:.1e} from the {reference.dtype} program, at most {BUILD_RELATIVE_L2:.0e}",
+    )
+
+
+def _equivalence_check(equivalence: Equivalence) -> Check:
+    if equivalence.differences:
+        first, *others = equivalence.differences
+        return Check("fp16 equals fp32", False, first + (f" (and {len(others)} more)" if others else ""))
+    return Check(
+        "fp16 equals fp32",
+        True,
+        f"{equivalence.operations} operations the same, {equivalence.constants} constants exactly the rounded ones, "
+        f"{len(equivalence.left_in_float32)} operations in float32",
+    )
+
+
+def _range_check(build: PackageRunner, equivalence: Equivalence, samples: Sequence[Inputs]) -> Check:
+    found = audit(build.package, (build.values(sample) for sample in samples), equivalence.in_float16)
+    largest, faintest, faint = found.largest, found.faintest, found.faint
+    if largest.overflows:
+        return Check("range audit", False, f"'{largest.name}' reaches {largest.largest:.3g}, beyond float16's 65504")
+    return Check(
+        "range audit",
+        True,
+        f"largest {largest.largest:.3g} in '{largest.name}'; {len(faint)} of {len(found.ranges)} values and weights "
+        f"would lose over {FAINT:.0%} of their norm if subnormals were flushed, most '{faintest.name}' "
+        f"({faintest.lost:.0%}; {faintest.subnormal:.0%} of its elements)",
+    )
+
+
+def _native_check(runner: PackageRunner, path: Path, samples: Sequence[Inputs]) -> Check:
+    """Let Core ML itself predict, where there is one; images are rounded to 8 bits for both."""
+    if platform.system() != "Darwin":
+        return Check("native", None, "not run: Core ML itself needs macOS")
+    feed = runner.feed(samples[-1])
+    given: dict[str, Any] = dict(feed)
+    if runner.normalisation is not None:
+        ((name, pixels),) = feed.items()
+        bytes_ = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        feed = {name: bytes_.astype(np.float32)}
+        given = {name: Image.fromarray(bytes_[0].transpose(1, 2, 0).squeeze())}
+    with quiet():
+        answer = ct.models.MLModel(str(path)).predict(given)
+    expected = runner.executor.run(feed)
+    error = max(parity.relative_l2(answer[name], expected[name]) for name in runner.outputs)
+    limit = NATIVE_RELATIVE_L2["fp16" if runner.is_fp16 else "fp32"]
+    return Check("native", error <= limit, f"relative L2 {error:.1e} from Core ML itself, at most {limit:.0e}")
