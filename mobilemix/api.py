@@ -266,6 +266,7 @@ def _provenance(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": {
             "name": source.name,
+            "weights": source.weights,
             "weights_sha256": fingerprint(source.module),
             "parameters": sum(parameter.numel() for parameter in source.module.parameters()),
         },

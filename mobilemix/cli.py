@@ -101,6 +101,8 @@ def export(
     with _progress("Exporting") as listener:
         prepared = api.prepare(recipes[0], listener=listener)
         exports = [api.deploy(prepared, each, output, listener=listener) for each in recipes]
+    if prepared.source.weights == "random":
+        typer.echo(f"note: {prepared.source.name} has random weights; give a checkpoint with --weights", err=True)
     if json:
         from mobilemix.manifest import dumps
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from mobilemix import assets
@@ -31,6 +32,7 @@ class Source:
         input_shapes: of the forward's positional arguments.
         preprocess: how an image becomes the input; None for a model whose input is no image.
         labels: file of the class names that fit if the number of classes does.
+        weights: where they came from: "checkpoint", "shipped", "own" (set by the user's factory) or "random".
         metadata: author, license, description and the like for the artifact.
     """
 
@@ -39,6 +41,7 @@ class Source:
     input_shapes: tuple[tuple[int, ...], ...]
     preprocess: Preprocess | None
     labels: Path
+    weights: str
     metadata: Mapping[str, str]
 
 
@@ -50,13 +53,16 @@ def load_source(recipe: Recipe, module: nn.Module | None = None) -> Source:
         CheckpointError: the recipe's weights cannot be read or do not fit.
         InputError: no shape for a model of the user's own, a factory that does not work, labels that do not fit.
     """
-    if module is not None:
-        return _own(recipe, recipe.model, module.eval())
-    if ":" in recipe.model:
-        return _own(recipe, recipe.model.rpartition(":")[2], _call_factory(recipe.model))
-    if recipe.model.endswith(".py") or "/" in recipe.model:
-        raise InputError(f"'{recipe.model}' names a file but no factory in it; give {recipe.model}:FUNCTION_OR_CLASS")
-    return _registered(recipe)
+    # Weights that are drawn rather than loaded must be the same ones when the artifact is verified later.
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        if module is not None:
+            return _own(recipe, recipe.model, module.eval())
+        if ":" in recipe.model:
+            return _own(recipe, recipe.model.rpartition(":")[2], _call_factory(recipe.model))
+        if recipe.model.endswith(".py") or "/" in recipe.model:
+            raise InputError(f"'{recipe.model}' names a file but no factory; give {recipe.model}:FUNCTION_OR_CLASS")
+        return _registered(recipe)
 
 
 def _registered(recipe: Recipe) -> Source:
@@ -77,7 +83,8 @@ def _registered(recipe: Recipe) -> Source:
         "license": "weights: see their publisher; code: Apache-2.0",
         "description": f"{family.title} ({spec.variant}), arXiv:{family.paper}",
     }
-    return Source(spec.name, module, shapes, preprocess, assets.path(spec.labels), metadata)
+    weights = "checkpoint" if recipe.weights else "shipped" if spec.weights else "random"
+    return Source(spec.name, module, shapes, preprocess, assets.path(spec.labels), weights, metadata)
 
 
 def _own(recipe: Recipe, name: str, module: nn.Module) -> Source:
@@ -96,8 +103,8 @@ def _own(recipe: Recipe, name: str, module: nn.Module) -> Source:
         # Pixels in [0, 1] unless the user says otherwise.
         mean, std = recipe.mean or (0.0,) * shape[1], recipe.std or (1.0,) * shape[1]
         preprocess = Preprocess(shape[2], shape[3], mean, std)
-    metadata = {"description": recipe.model}
-    return Source(name, module, recipe.input_shapes, preprocess, assets.path(registry.IMAGENET_LABELS), metadata)
+    labels, weights = assets.path(registry.IMAGENET_LABELS), "checkpoint" if recipe.weights else "own"
+    return Source(name, module, recipe.input_shapes, preprocess, labels, weights, {"description": name})
 
 
 def _call_factory(reference: str) -> nn.Module:

@@ -129,7 +129,12 @@ class Faulty:
     def values(self, inputs):
         x = torch.from_numpy(inputs["x"])
         hidden = self.module.first(x)
-        results = {"linear": hidden, "relu_cast_fp16": hidden.relu(), "unknown": x, "linear_1": self.module.second(hidden.relu())}
+        results = {
+            "linear": hidden,
+            "relu_cast_fp16": hidden.relu(),
+            "unknown": x,
+            "linear_1": self.module.second(hidden.relu()),
+        }
         broken = False
         for name, value in results.items():
             broken = broken or name == self.fault
