@@ -6,10 +6,19 @@ checks that the interface is kept; tests check each pass alone against eager PyT
 
 import abc
 import dataclasses
+import linecache
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from mobilemix.errors import MobilemixError
+
+_LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parent.parent / "capture.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +52,11 @@ class Pass(abc.ABC):
         if not result.modified and result.program is not program:
             raise PassError(f"pass {self.name} returned another program but says that it changed nothing")
         before, after = interface(program), interface(result.program)
-        if before != after:
-            raise PassError(f"pass {self.name} changed the interface from {before} to {after}")
+        for was, now in zip(before, after, strict=False):
+            if was != now:
+                raise PassError(f"pass {self.name} changed the interface: {was} became {now}")
+        if len(before) != len(after):
+            raise PassError(f"pass {self.name} changed the number of inputs and outputs, {len(before)} to {len(after)}")
         return result
 
 
@@ -62,3 +74,29 @@ def interface(program: ExportedProgram) -> tuple[tuple[object, ...], ...]:
             label = name if kind == "input" else position
             described.append((kind, label, None if value is None else (tuple(value.shape), value.dtype)))
     return tuple(described)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Every argument of an ATen node by its schema name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    values = {item.name: item.default_value for item in schema if item.has_default_value()}
+    values.update(zip((item.name for item in schema), node.args, strict=False))
+    values.update(node.kwargs)
+    return values
+
+
+def source(node: fx.Node) -> str:
+    """Where the user's code asked for `node`: "model.py:12 (y = f(x))", or the node's name if torch kept no trace."""
+    trace = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return describe_place((file, int(line)) for file, line in trace) or f"node {node.name}"
+
+
+def describe_place(frames: Iterable[tuple[str, int]]) -> str | None:
+    """The innermost of (file, line) outside torch and mobilemix's capture, with its code; None if there is none."""
+    users = [(file, line) for file, line in frames if not any(Path(file).is_relative_to(path) for path in _LIBRARIES)]
+    if not users:
+        return None
+    file, line = users[-1]
+    code = linecache.getline(file, line).strip()
+    return f"{file}:{line} ({code})" if code else f"{file}:{line}"

@@ -1,0 +1,104 @@
+"""From a module to an ExportedProgram: evaluation mode, float32, fixed shapes, no side effects."""
+
+import copy
+import traceback
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
+
+from mobilemix.errors import CaptureError
+from mobilemix.passes.base import arguments, describe_place, source
+
+aten = torch.ops.aten
+
+
+def capture(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
+    """Capture `module` at the shapes of `example`.
+
+    The module is left as it is: a float32 copy in evaluation mode is captured. Inputs are named after the arguments of
+    its `forward`; parameters, buffers and the structure of the outputs (a tensor, or tuples, lists and dicts of them,
+    nested) keep their names. Composite operators stay whole; those that write into a tensor are made functional.
+
+    Args:
+        module: any module without control flow that depends on data.
+        example: one tensor per positional argument of `forward`; floating-point ones are converted to float32.
+
+    Raises:
+        CaptureError: `torch.export` refused the module, or what it captured draws random numbers, normalises with batch
+            statistics, or changes its inputs or buffers, although it is in evaluation mode.
+    """
+    model = copy.deepcopy(module).eval().float().requires_grad_(False)
+    inputs = tuple(value.detach().float() if value.is_floating_point() else value.detach() for value in example)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, inputs, strict=False)
+            if not _functionalise(program.graph):
+                program = program.run_decompositions({})
+    except Exception as error:  # besides its own errors, torch.export raises whatever the user's forward raises
+        raise CaptureError(_explain(error)) from error
+    _refuse_training(program)
+    return program
+
+
+def _functionalise(graph: fx.Graph) -> bool:
+    """Replace x.op_() by op(x) where nothing else shares x's memory; False if an operator that writes is left.
+
+    `run_decompositions` does this for any program, but takes batch norm and others apart, so it is the second choice.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        packet, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
+        functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
+        written = node.args[0] if node.args else None
+        if functional is None or not packet.endswith("_") or not isinstance(written, fx.Node):
+            return False
+        if written.op != "call_function" or any(
+            _aliases(other) for other in (written, *written.users) if other is not node
+        ):
+            return False
+        node.target = functional
+        for user in list(written.users):
+            if order[user] > order[node]:
+                user.replace_input_with(written, node)
+    return True
+
+
+def _aliases(node: fx.Node) -> bool:
+    """Whether the node's value may share memory with its input."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op != "output"
+    return any(value.alias_info is not None for value in node.target._schema.returns)
+
+
+def _refuse_training(program: ExportedProgram) -> None:
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"the model changes {spec.target or 'an input'} when it runs; return the new value instead"
+            )
+    for node in program.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        values = arguments(node)
+        if values.get("training", values.get("train")) is True:
+            raise CaptureError(
+                f"{node.target} at {source(node)} runs in training mode although the model is in evaluation mode;"
+                " pass training=self.training, or keep running statistics"
+            )
+        is_random = torch.Tag.nondeterministic_seeded in node.target.tags
+        if is_random and "train" not in values and values.get("dropout_p", 1.0) != 0.0:
+            raise CaptureError(f"{node.target} at {source(node)} draws random numbers; make it an input of the model")
+
+
+def _explain(error: Exception) -> str:
+    """One line: what was raised, and the innermost place of it outside torch."""
+    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    place = describe_place(frames)
+    return f"torch.export could not capture the model: {type(error).__name__}: {reason}" + (
+        f" (at {place})" if place else ""
+    )

@@ -1,0 +1,58 @@
+"""Rewrites of an ExportedProgram that every target shares: `lower` runs them all, in the order of `PASSES`."""
+
+from collections.abc import Callable
+
+from torch.export import ExportedProgram
+
+from mobilemix.passes.average_heads import AverageHeads
+from mobilemix.passes.base import Pass, PassError, PassResult
+from mobilemix.passes.complex_to_real import ComplexToReal
+from mobilemix.passes.fold_batch_norm import FoldBatchNorm
+from mobilemix.passes.fold_constants import FoldConstants
+from mobilemix.passes.lower_softshrink import LowerSoftshrink
+from mobilemix.passes.remove_no_ops import RemoveNoOps
+
+__all__ = ["PASSES", "Pass", "PassError", "PassResult", "lower"]
+
+PASSES: tuple[Pass, ...] = (
+    # First, so that no later pattern has to look through a dropout or a copy.
+    RemoveNoOps(),
+    # Before the complex pass, so that the spectrum of a weight is computed by torch.fft in float64.
+    FoldConstants(),
+    # Before the heads are averaged: each may have a batch norm of its own, which the average must take in.
+    FoldBatchNorm(),
+    AverageHeads(),
+    # After the constants, which it splits into real and imaginary parts.
+    ComplexToReal(),
+    LowerSoftshrink(),
+    # Again: the rules for complex numbers negate and add weights, and leave copies of what was a view.
+    RemoveNoOps(),
+    FoldConstants(),
+)
+
+
+def lower(
+    program: ExportedProgram, log: Callable[[str], None] | None = None
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """Run `PASSES` over a captured program.
+
+    Args:
+        program: as `mobilemix.capture.capture` returns it; it is not changed.
+        log: called with the name of each pass before it runs.
+
+    Returns:
+        The rewritten program, and the names of the passes that changed something, in order, each once.
+
+    Raises:
+        UnsupportedOpError: the model does something with complex tensors for which there is no rule.
+        PassError: a pass broke its contract, which is a defect of mobilemix.
+    """
+    modified: dict[str, None] = {}
+    for step in PASSES:
+        if log is not None:
+            log(step.name)
+        result = step(program)
+        program = result.program
+        if result.modified:
+            modified[step.name] = None
+    return program, tuple(modified)

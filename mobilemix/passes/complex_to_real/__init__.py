@@ -1,0 +1,145 @@
+"""Complex tensors and Fourier transforms rewritten as real arithmetic."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from mobilemix.errors import UnsupportedOpError
+from mobilemix.passes.base import Pass, PassResult, source
+from mobilemix.passes.complex_to_real import fft, rules  # noqa: F401 (they fill the table)
+from mobilemix.passes.complex_to_real.table import RULES, Call
+from mobilemix.passes.complex_to_real.values import Complex, Real, nodes
+from mobilemix.passes.editing import Edit
+
+
+class ComplexToReal(Pass):
+    """Every complex tensor becomes a pair of real ones, and every Fourier transform a product with a real matrix.
+
+        before:  x (B, C, H, W) → fft_rfft2 → complex (B, C, H, K) → mul k (C, H, K) → fft_irfft2 → y (B, C, H, W)
+        after:   x → matmul (W, 2K) → matmul (2H, 2H) → re, im (B, C, H, K) each
+                   → re·k_re − im·k_im, re·k_im + im·k_re → matmul (2H, 2H) → matmul (2K, W) → y,   K = W // 2 + 1
+
+    An operator without a rule that is composed of others is rewritten by those. Real operators, composite ones
+    included, stay as they are. Complex parameters and buffers become two, `name.re` and `name.im`.
+
+    Raises (from `rewrite`):
+        UnsupportedOpError: an operator on complex tensors that has no rule, or a complex input or output of the model.
+    """
+
+    name = "complex_to_real"
+
+    def rewrite(self, program: ExportedProgram) -> PassResult:
+        """Return the program without complex tensors and Fourier transforms."""
+        edit = Edit(program)
+        walk = _Walk(edit)
+        for node in list(edit.graph.nodes):
+            if node.op == "placeholder":
+                walk.enter(node)
+            elif node.op == "call_function" and _concerns(node):
+                with edit.at(node):
+                    walk.call(node)
+            elif node.op == "output":
+                walk.leave(node)
+        return edit.finish()
+
+
+class _Walk:
+    """The walk over one graph: which real tensors stand for which complex node."""
+
+    def __init__(self, edit: Edit) -> None:
+        self._edit = edit
+        self._rewritten: dict[fx.Node, Any] = {}
+
+    def enter(self, node: fx.Node) -> None:
+        if not _is_complex(node.meta["val"]):
+            return
+        tensor, name = self._edit.constant(node), self._edit.name(node)
+        if tensor is None:
+            raise UnsupportedOpError(
+                f"input {name} is complex; let the model take torch.view_as_real({name}) and call torch.view_as_complex"
+            )
+        parts = ((f"{name}.re", tensor.real), (f"{name}.im", tensor.imag))
+        self._rewritten[node] = Complex(*(Real(self._edit, self._edit.add_constant(*part)) for part in parts))
+
+    def call(self, node: fx.Node) -> None:
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda item: self._rewritten.get(item, Real(self._edit, item))
+        )
+        result = self._run(node, node.target, args, kwargs, node.meta["val"])
+        self._rewritten[node] = result
+        if isinstance(result, Real):
+            self._edit.replace(node, result.node)
+
+    def leave(self, node: fx.Node) -> None:
+        for position, value in enumerate(node.all_input_nodes):
+            if isinstance(self._rewritten.get(value), Complex):
+                raise UnsupportedOpError(
+                    f"output {position} of the model, {source(value)}, is complex; return torch.view_as_real of it"
+                )
+
+    def _run(self, node: fx.Node, op: Any, args: Any, kwargs: Any, value: Any) -> Any:
+        """What stands for op(*args, **kwargs), a call in the course of `node` that originally returned `value`."""
+        if op is operator.getitem:
+            return args[0][args[1]]
+        rule = RULES.get(op._schema.name)
+        takes_complex = any(isinstance(item, Complex) for item in _leaves((args, kwargs)))
+        if not takes_complex and not _is_complex(value) and not _is_fourier(op):
+            result = self._edit.emit(op, *nodes(args), **nodes(kwargs))
+            items = [result] if isinstance(value, Tensor) else self._edit.items(result)
+            reals = [Real(self._edit, item) for item in items]
+            return reals[0] if isinstance(value, Tensor) else reals
+        result = NotImplemented if rule is None else rule(Call(self._edit, op, value), *args, **kwargs)
+        return self._decompose(node, op, args, kwargs) if result is NotImplemented else result
+
+    def _decompose(self, node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
+        """Run the operators that `op` is composed of."""
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=_is_number)
+        numbers = {index: leaf for index, leaf in enumerate(leaves) if _is_number(leaf)}
+
+        def call(*tensors: Tensor) -> Any:
+            given = dict(zip(numbers, tensors, strict=True))
+            call_args, call_kwargs = pytree.tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+            return op(*call_args, **call_kwargs)
+
+        body = make_fx(call)(*(self._edit.empty(number.shape, number.full_dtype) for number in numbers.values()))
+        steps = [step for step in body.graph.nodes if step.op == "call_function"]
+        if any(step.target is op for step in steps):
+            raise UnsupportedOpError(
+                f"{op} on complex tensors at {source(node)} has no rule; use real operators on torch.view_as_real there"
+            )
+        values = dict(zip(body.graph.find_nodes(op="placeholder"), numbers.values(), strict=True))
+        for constant in body.graph.find_nodes(op="get_attr"):
+            tensor = getattr(body, constant.target)
+            values[constant] = Real(self._edit, self._edit.add_constant(f"{node.name}.{constant.target}", tensor))
+        for step in steps:
+            step_args, step_kwargs = fx.map_arg((step.args, step.kwargs), values.__getitem__)
+            values[step] = self._run(node, step.target, step_args, step_kwargs, step.meta["val"])
+        (result,) = body.graph.find_nodes(op="output")
+        return fx.map_arg(result.args[0], values.__getitem__)
+
+
+def _concerns(node: fx.Node) -> bool:
+    """Whether a call takes or returns something complex, or belongs to torch.fft."""
+    values = [node.meta.get("val"), *(other.meta.get("val") for other in node.all_input_nodes)]
+    return any(map(_is_complex, values)) or _is_fourier(node.target)
+
+
+def _is_complex(value: Any) -> bool:
+    return any(isinstance(item, Tensor) and item.is_complex() for item in pytree.tree_leaves(value))
+
+
+def _is_fourier(op: Any) -> bool:
+    return isinstance(op, torch._ops.OpOverload) and op._schema.name.startswith(("aten::fft_", "aten::_fft_"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real | Complex)
+
+
+def _leaves(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value, is_leaf=_is_number)

@@ -1,0 +1,248 @@
+"""Rules of complex tensors outside torch.fft: construction, arithmetic, and whatever acts on each part alone."""
+
+# ruff: noqa: ARG001 (every rule takes the same arguments)
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from mobilemix.passes.complex_to_real.table import Call, real_dtype, rule
+from mobilemix.passes.complex_to_real.values import (
+    Complex,
+    Number,
+    Part,
+    Real,
+    fill,
+    join,
+    minus,
+    nodes,
+    plus,
+    split,
+    times,
+)
+
+aten = torch.ops.aten
+
+
+# Between real and complex
+
+
+@rule("complex")
+def _(call: Call, re: Real, im: Real) -> Complex:
+    return Complex(re, im)
+
+
+@rule("polar")
+def _(call: Call, radius: Real, angle: Real) -> Complex:
+    return Complex(radius.call(aten.mul.Tensor, angle.call(aten.cos.default)), radius * angle.call(aten.sin.default))
+
+
+@rule("view_as_complex")
+def _(call: Call, x: Real) -> Complex:
+    re, im = (x.call(aten.select.int, -1, part) for part in (0, 1))
+    return Complex(re, im)
+
+
+@rule("view_as_real")
+def _(call: Call, x: Complex) -> Real:
+    return call.emit(aten.stack.default, list(x.parts), -1)
+
+
+@rule("real")
+def _(call: Call, x: Real | Complex) -> Real:
+    return x.re if isinstance(x, Complex) else x
+
+
+@rule("imag")
+def _(call: Call, x: Complex) -> Real:
+    return x.im
+
+
+@rule("conj", "_conj", "_conj_physical", "conj_physical")
+def _(call: Call, x: Real | Complex) -> Real | Complex:
+    return Complex(x.re, -x.im) if isinstance(x, Complex) else x
+
+
+@rule("abs")
+def _(call: Call, x: Complex) -> Real:
+    return (x.re * x.re + x.im * x.im).call(aten.sqrt.default)
+
+
+@rule("angle")
+def _(call: Call, x: Complex) -> Real:
+    return x.im.call(aten.atan2.default, x.re)
+
+
+# Arithmetic
+
+
+def _finish(call: Call, re: Part, im: Part) -> Complex:
+    return join(call.edit, re, im, call.shape, call.dtype)
+
+
+@rule("add")
+def _(call: Call, a: Number, b: Number, alpha: complex = 1) -> Complex:
+    (a_re, a_im), (b_re, b_im) = split(a), _product(split(b), split(alpha))
+    return _finish(call, plus(a_re, b_re), plus(a_im, b_im))
+
+
+@rule("sub")
+def _(call: Call, a: Number, b: Number, alpha: complex = 1) -> Complex:
+    (a_re, a_im), (b_re, b_im) = split(a), _product(split(b), split(alpha))
+    return _finish(call, minus(a_re, b_re), minus(a_im, b_im))
+
+
+@rule("rsub")
+def _(call: Call, a: Number, b: Number, alpha: complex = 1) -> Complex:
+    (a_re, a_im), (b_re, b_im) = _product(split(a), split(alpha)), split(b)
+    return _finish(call, minus(b_re, a_re), minus(b_im, a_im))
+
+
+@rule("neg")
+def _(call: Call, x: Complex) -> Complex:
+    return Complex(-x.re, -x.im)
+
+
+@rule("mul")
+def _(call: Call, a: Number, b: Number) -> Complex:
+    return _finish(call, *_product(split(a), split(b)))
+
+
+@rule("div", "true_divide")
+def _(call: Call, a: Number, b: Number) -> Complex:
+    (a_re, a_im), (b_re, b_im) = split(a), split(b)
+    if b_im is None:
+        return _finish(call, *(None if part is None else part / b_re for part in (a_re, a_im)))  # type: ignore[operator]
+    return _finish(call, *_product((a_re, a_im), _reciprocal(b_re, b_im)))
+
+
+@rule("reciprocal")
+def _(call: Call, x: Complex) -> Complex:
+    return _finish(call, *_reciprocal(*x.parts))
+
+
+@rule("square")
+def _(call: Call, x: Complex) -> Complex:
+    return _finish(call, *_product(x.parts, x.parts))
+
+
+@rule("exp")
+def _(call: Call, x: Complex) -> Complex:
+    radius = x.re.call(aten.exp.default)
+    return Complex(radius * x.im.call(aten.cos.default), radius * x.im.call(aten.sin.default))
+
+
+def _product(a: tuple[Part, Part], b: tuple[Part, Part]) -> tuple[Part, Part]:
+    return _bilinear(times, a, b)
+
+
+def _bilinear(multiply: Callable[[Any, Any], Part], a: tuple[Part, Part], b: tuple[Part, Part]) -> tuple[Part, Part]:
+    """Both parts of a product that is linear in each factor; absent parts cost nothing."""
+
+    def product(left: Part, right: Part) -> Part:
+        return None if left is None or right is None else multiply(left, right)
+
+    (a_re, a_im), (b_re, b_im) = a, b
+    return (
+        minus(product(a_re, b_re), product(a_im, b_im)),
+        plus(product(a_re, b_im), product(a_im, b_re)),
+    )
+
+
+def _reciprocal(re: Part, im: Part) -> tuple[Part, Part]:
+    square = plus(times(re, re), times(im, im))
+    return None if re is None else re / square, None if im is None else -im / square  # type: ignore[operator]
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "outer")
+def _(call: Call, a: Number, b: Number) -> Complex:
+    return _finish(call, *_bilinear(lambda x, y: call.emit(call.op, x, y), split(a), split(b)))
+
+
+@rule("linear")
+def _(call: Call, x: Number, weight: Number, bias: Number | None = None) -> Complex:
+    re, im = _bilinear(lambda a, b: call.emit(call.op, a, b), split(x), split(weight))
+    if bias is not None:
+        re, im = (plus(part, shift) for part, shift in zip((re, im), split(bias), strict=True))
+    return _finish(call, re, im)
+
+
+@rule("einsum")
+def _(call: Call, equation: str, operands: list[Number], path: Any = None) -> Any:
+    if len(operands) == 1:
+        return _finish(call, *(part and call.emit(call.op, equation, [part]) for part in split(operands[0])))
+    if len(operands) > 2:
+        return NotImplemented
+    return _finish(call, *_bilinear(lambda a, b: call.emit(call.op, equation, [a, b]), *map(split, operands)))
+
+
+# What acts on each part alone: linear operators with real coefficients, and those that only move values
+
+_EACH_PART = """
+    alias clone contiguous detach lift_fresh_copy resolve_conj resolve_neg
+    reshape view _unsafe_view view_copy flatten unflatten squeeze unsqueeze expand expand_as broadcast_to
+    permute transpose t swapaxes swapdims movedim moveaxis mT numpy_T
+    slice select narrow index index_select gather take_along_dim diagonal unfold
+    split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk
+    cat concat stack hstack vstack roll flip repeat tile repeat_interleave tril triu
+    sum mean cumsum where slice_scatter select_scatter copy
+"""
+
+
+@rule(*_EACH_PART.split())
+def _(call: Call, *args: Any, **kwargs: Any) -> Any:
+    def with_part(index: int) -> Any:
+        def choose(item: Any) -> Any:
+            if isinstance(item, Complex):
+                return item.parts[index]
+            # In an operator on several tensors, a real one is complex with a zero imaginary part.
+            if isinstance(item, Real) and index == 1 and item.dtype.is_floating_point:
+                return fill(call.edit, None, item.shape, item.dtype)
+            return real_dtype(item) if isinstance(item, torch.dtype) else item
+
+        chosen = pytree.tree_map(choose, (args, kwargs), is_leaf=lambda item: isinstance(item, Real | Complex))
+        result = call.edit.emit(call.op, *nodes(chosen[0]), **nodes(chosen[1]))
+        if isinstance(call.value, torch.Tensor):
+            return Real(call.edit, result)
+        return [Real(call.edit, node) for node in call.edit.items(result)]
+
+    re, im = with_part(0), with_part(1)
+    return Complex(re, im) if isinstance(re, Real) else [Complex(*pair) for pair in zip(re, im, strict=True)]
+
+
+@rule("to", "_to_copy", "type_as", "view_dtype")
+def _(call: Call, x: Real | Complex, *_args: Any, **_kwargs: Any) -> Real | Complex:
+    """Complex to complex and real to complex; a cast from complex to real drops the imaginary part, as torch does."""
+    parts = [part.cast(call.dtype) for part in (x.parts if isinstance(x, Complex) else (x,))]
+    return _finish(call, *parts, *[None] * (2 - len(parts))) if call.value.is_complex() else parts[0]
+
+
+@rule("zeros", "zeros_like", "new_zeros")
+def _(call: Call, *_args: Any, **_kwargs: Any) -> Complex:
+    return _finish(call, None, None)
+
+
+@rule("ones", "ones_like", "new_ones")
+def _(call: Call, *_args: Any, **_kwargs: Any) -> Complex:
+    return _finish(call, 1.0, None)
+
+
+@rule("full", "full_like")
+def _(call: Call, _like: Any, fill_value: complex, **_kwargs: Any) -> Complex:
+    return _finish(call, *split(fill_value))
+
+
+@rule("constant_pad_nd")
+def _(call: Call, x: Complex, pad: list[int], value: complex = 0) -> Complex:
+    parts = zip(x.parts, split(value), strict=True)
+    return Complex(*(part.call(aten.constant_pad_nd.default, pad, border or 0) for part, border in parts))
+
+
+@rule("pad")
+def _(call: Call, x: Complex, pad: list[int], mode: str = "constant", value: complex | None = None) -> Complex:
+    borders = split(value or 0) if mode == "constant" else (None, None)
+    return Complex(
+        *(part.call(aten.pad.default, pad, mode, border) for part, border in zip(x.parts, borders, strict=True))
+    )

@@ -1,0 +1,200 @@
+"""Editing an exported program: a copy of its graph, its constants as tensors, and new nodes with their values."""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import operator
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from mobilemix.passes.base import PassResult, arguments
+
+Op = Callable[..., Any]
+
+_ORIGIN = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "from_node")  # metadata that names a place
+
+
+@dataclasses.dataclass
+class _Constant:
+    """A tensor behind a placeholder: its name in the state dict, and its spec if the original program had it."""
+
+    name: str
+    tensor: Tensor
+    spec: InputSpec | None
+
+
+class Edit:
+    """One rewrite of a program, which itself stays as it is.
+
+    New nodes are made inside `with edit.at(node)`: they come before `node` and inherit its place in the user's source.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        """Copy the graph of `program`; tensors are shared."""
+        self._program = program
+        self.graph = copy.deepcopy(program.graph)
+        self.changed = False
+        self._origin: dict[str, Any] = {}
+        self._constants = _constants(program, self.graph)
+        self._added: dict[tuple[object, ...], list[fx.Node]] = {}
+        self._placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self._fake_mode = (
+            next(
+                (
+                    value.fake_mode
+                    for node in self.graph.nodes
+                    for value in pytree.tree_leaves(node.meta.get("val"))
+                    if isinstance(value, FakeTensor)
+                ),
+                None,
+            )
+            or FakeTensorMode()
+        )
+
+    def constant(self, node: object) -> Tensor | None:
+        """The parameter, buffer or constant tensor that `node` stands for; None for any other value."""
+        found = self._constants.get(node) if isinstance(node, fx.Node) else None
+        return found.tensor if found else None
+
+    def name(self, node: fx.Node) -> str:
+        """The name in the state dict of a constant, that of the node for any other value."""
+        found = self._constants.get(node)
+        return found.name if found else node.name
+
+    def add_constant(self, name: str, tensor: Tensor) -> fx.Node:
+        """A buffer that holds `tensor`; the existing one where the same tensor was added before.
+
+        `name` is its name in the state dict, numbered if another constant that remains has it.
+        """
+        tensor = tensor.detach().contiguous()
+        alike = self._added.setdefault((tensor.dtype, tuple(tensor.shape)), [])
+        for known in alike:
+            if torch.equal(self._constants[known].tensor, tensor):
+                return known
+        first_input = next(node for node in self._placeholders if node not in self._constants)
+        with self.graph.inserting_before(first_input):
+            node: fx.Node = self.graph.placeholder("b_" + "".join(c if c.isalnum() else "_" for c in name))
+        node.target = node.name  # the argument's name, which has to be unique too
+        node.meta["val"] = self._fake_mode.from_tensor(tensor, static_shapes=True)
+        self._constants[node] = _Constant(name, tensor, None)
+        alike.append(node)
+        return node
+
+    @contextlib.contextmanager
+    def at(self, node: fx.Node) -> Iterator[None]:
+        """Insert before `node`, with its place in the user's source."""
+        outer, self._origin = self._origin, {key: node.meta[key] for key in _ORIGIN if key in node.meta}
+        try:
+            with self.graph.inserting_before(node):
+                yield
+        finally:
+            self._origin = outer
+
+    def emit(self, op: Op, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a call of an ATen operator and compute its shape and dtype."""
+        node: fx.Node = self.graph.call_function(op, args, kwargs)
+        values_of = lambda item: item.meta["val"] if isinstance(item, fx.Node) else item  # noqa: E731
+        with self._fake_mode, torch.no_grad():
+            node.meta["val"] = op(*pytree.tree_map(values_of, args), **pytree.tree_map(values_of, kwargs))
+        node.meta.update(self._origin)
+        return node
+
+    def emit_like(self, node: fx.Node, **changes: Any) -> fx.Node:
+        """The call of `node` again, with some arguments, by their schema names, changed."""
+        assert isinstance(node.target, torch._ops.OpOverload)
+        values = {**arguments(node), **changes}
+        schema = node.target._schema.arguments
+        positional = [values[item.name] for item in schema if not item.kwarg_only]
+        return self.emit(
+            node.target, *positional, **{item.name: values[item.name] for item in schema if item.kwarg_only}
+        )
+
+    def items(self, node: fx.Node) -> list[fx.Node]:
+        """One node for each tensor that `node` returns."""
+        return [self.emit(operator.getitem, node, index) for index in range(len(node.meta["val"]))]
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A fake tensor, to trace with."""
+        with self._fake_mode:
+            return torch.empty(tuple(shape), dtype=dtype)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` use `new` instead."""
+        old.replace_all_uses_with(new)
+        self.changed = True
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nothing uses."""
+        self.graph.erase_node(node)
+        self.changed = True
+
+    def finish(self) -> PassResult:
+        """The edited program without dead nodes and unused constants, or the original if nothing was changed.
+
+        Raises:
+            torch.export's SpecViolationError: the edited graph is not well-formed.
+        """
+        if not self.changed:
+            return PassResult(self._program, False)
+        self.graph.eliminate_dead_code()
+        for node in [node for node in self._constants if not node.users]:
+            del self._constants[node]
+            self.graph.erase_node(node)
+        old = self._program
+        state_dict, constants = dict(old.state_dict), dict(old.constants)
+        given = {spec.arg.name: spec for spec in old.graph_signature.input_specs}
+        specs = []
+        taken = {item.spec.target for item in self._constants.values() if item.spec}
+        for node in self.graph.find_nodes(op="placeholder"):
+            item = self._constants.get(node)
+            if item is None or item.spec:
+                specs.append(given[node.name])
+                continue
+            name = _unused(item.name, taken)
+            taken.add(name)
+            state_dict[name] = item.tensor
+            specs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True))
+        (output,) = self.graph.find_nodes(op="output")
+        results = [
+            dataclasses.replace(spec, arg=TensorArgument(value.name)) if isinstance(value, fx.Node) else spec
+            for spec, value in zip(old.graph_signature.output_specs, pytree.tree_leaves(output.args[0]), strict=True)
+        ]
+        program = ExportedProgram(
+            root=old.graph_module,
+            graph=self.graph,
+            graph_signature=ExportGraphSignature(specs, results),
+            state_dict={name: tensor for name, tensor in state_dict.items() if name in taken},
+            range_constraints=old.range_constraints,
+            module_call_graph=old.module_call_graph,
+            example_inputs=old.example_inputs,
+            constants={name: value for name, value in constants.items() if name in taken},
+            verifiers=old.verifiers,
+        )
+        return PassResult(program, True)
+
+
+def _constants(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, _Constant]:
+    written = {spec.target for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT}
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    found = {}
+    for spec in program.graph_signature.input_specs:
+        name = spec.target
+        if name is None or name in written:
+            continue
+        tensor = program.state_dict.get(name, program.constants.get(name))
+        if isinstance(tensor, Tensor):
+            found[nodes[spec.arg.name]] = _Constant(name, tensor.detach(), spec)
+    return found
+
+
+def _unused(name: str, taken: Container[str | None]) -> str:
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    return next(candidate for candidate in candidates if candidate not in taken)
