@@ -1,14 +1,14 @@
 """The ONNX target: one checked `.onnx` file that ONNX Runtime, and whatever reads ONNX, can run."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mobilemix.errors import TargetError
 from mobilemix.parity import relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Inputs, Lowered, Runner
-from mobilemix.targets.onnx.convert import annotate, check, convert
+from mobilemix.targets.onnx.convert import check, write
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 
 OPTIMISATION_TOLERANCE = 1e-5
@@ -21,14 +21,11 @@ class OnnxTarget:
     name = "onnx"
     suffix = ".onnx"
     precisions = ("fp32",)
+    takes_images = False
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
-        """Write the file; see `convert`."""
-        convert(lowered, recipe, destination)
-
-    def annotate(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Add to the file's metadata_props."""
-        annotate(path, metadata)
+        """Write the file; see `convert.write`."""
+        write(lowered, recipe, destination)
 
     def load(self, path: Path) -> Runner:
         """Open in ONNX Runtime; raises as `OnnxRunner` does."""

@@ -32,7 +32,7 @@ TIDY_TOLERANCE = 1e-5
 _IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10}
 
 
-def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     """Write `lowered` as an ONNX file, with `destination.stem`.data beside it where it is large.
 
     The same program and recipe give the same bytes.
@@ -62,21 +62,6 @@ def save(model: ir.Model, path: Path) -> None:
     path.parent.mkdir()
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > EXTERNAL_DATA_BYTES
     ir.save(model, path, external_data=f"{path.stem}.data" if large else None)
-
-
-def annotate(path: Path, metadata: Mapping[str, str]) -> None:
-    """Add to the metadata of a file that exists; it is replaced whole or not at all.
-
-    Raises:
-        InputError: not an ONNX file.
-    """
-    model = read_model(path)
-    known = {entry.key: entry.value for entry in model.metadata_props}
-    onnx.helper.set_model_props(model, {**known, **metadata})
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        draft = Path(folder, path.name)
-        draft.write_bytes(model.SerializeToString(deterministic=True))
-        draft.replace(path)
 
 
 def _tidy(source: Path, destination: Path) -> None:

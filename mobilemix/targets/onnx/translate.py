@@ -4,10 +4,10 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from mobilemix.errors import MobilemixError, TargetError, UnsupportedOpError
+from mobilemix.passes.base import source
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.onnx.translations import TRANSLATIONS, finish
 
@@ -102,34 +103,42 @@ class _Exportable(ExportedProgram):
     def run_decompositions(
         self, decomp_table: Mapping[Any, Any] | None = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
-        """Itself where nothing is in the table, else decomposed; nodes then remember theirs in `from_node`."""
-        targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
-        lacking = [target for target in targets if decomp_table is not None and target in decomp_table]
-        if not lacking and not any(_mutates(target) for target in targets):
+        """Itself where ONNX has every operator, else decomposed; nodes then remember theirs in `from_node`."""
+        table = dict(decomp_table or {})
+        whole = {**torch.export.default_decompositions(), **TRANSLATIONS}
+        targets = {node.target for node in self.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+        if not any(target in table or _must_decompose(target, whole) for target in targets):
             return self
-        decomposed: ExportedProgram = super().run_decompositions(dict(decomp_table or {}), decompose_custom_triton_ops)
+        decomposed: ExportedProgram = super().run_decompositions(table, decompose_custom_triton_ops)
         self.translated, self.was_decomposed = decomposed.graph, True
         return decomposed
 
 
-def _mutates(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+def _must_decompose(target: torch._ops.OpOverload, whole: Collection[Any]) -> bool:
+    """Whether an operator writes into a tensor, or is a composite that torch cannot keep `whole`."""
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return target._schema.is_mutable or (composite and target not in whole)
 
 
 def _source_names(program: fx.Graph, translated: fx.Graph) -> dict[str, str]:
     """Names of the translated graph's nodes → those of the program's nodes that they were made from.
 
-    The last node made from a source computes its value and takes its name; what comes before is put under that name.
+    Of all nodes made from one source, the last that others read computes its value and takes its name; what comes
+    before is put under that name.
     """
-    sources = {node.name for node in program.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
-    made: dict[str, list[str]] = {}
-    for node in translated.nodes:
-        if node.op == "call_function" and (origin := node.meta.get("from_node")) and origin[0].name in sources:
-            made.setdefault(origin[0].name, []).append(node.name)
+    parts = {(str(node.args[0]), node.args[1]): node.name for node in program.nodes if node.target is operator.getitem}
+    origin = {node: node.meta["from_node"][0].name for node in translated.nodes if node.meta.get("from_node")}
     names: dict[str, str] = {}
-    for source, (*parts, last) in made.items():
-        names |= {part: f"{source}.{part}" for part in parts} | {last: source}
-    return names
+    values: dict[str, fx.Node] = {}
+    for node, source_name in origin.items():
+        if node.op != "call_function":
+            continue
+        names[node.name] = f"{source_name}.{node.name}"
+        if (part := (source_name, node.args[1:] and node.args[1])) in parts and node.target is operator.getitem:
+            names[node.name] = parts[part]
+        elif any(origin.get(user) != source_name for user in node.users):
+            values[source_name] = node
+    return names | {node.name: source_name for source_name, node in values.items()}
 
 
 def _modules(graph: fx.Graph) -> dict[str, str]:
@@ -151,18 +160,9 @@ def _explain(error: Exception, graph: fx.Graph) -> MobilemixError:
         if found := re.match(r"Error when translating node %(\w+)", str(cause)):
             node = next(node for node in graph.nodes if node.name == found[1])
             if reason.startswith("No ONNX function found"):
-                return UnsupportedOpError(f"ONNX has no operator for {node.target}{_place(node)}")
-            return TargetError(f"torch.onnx cannot translate {node.target}{_place(node)}: {reason}")
+                return UnsupportedOpError(f"ONNX has no operator for {node.target} at {source(node)}")
+            return TargetError(f"torch.onnx cannot translate {node.target} at {source(node)}: {reason}")
     return TargetError(f"torch.onnx cannot export the program: {reason}")
-
-
-def _place(node: fx.Node) -> str:
-    """Where the user's code made the node: " (model.py:12, in forward)", or nothing."""
-    lines = re.findall(r'File "(.+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
-    if not lines:
-        return ""
-    file, line, function = lines[-1]
-    return f" ({Path(file).name}:{line}, in {function})"
 
 
 @contextlib.contextmanager
