@@ -1,10 +1,27 @@
 """What the backbones share."""
 
+import torch
 from torch import Tensor, nn
 
 from mobilemix.errors import InputError
 
 HEAD_INIT_STD = 0.02
+CHANNEL_NORM_EPS = 1e-5
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of (B, C, ...), with `dims` dimensions in all."""
+
+    def __init__(self, channels: int, dims: int):
+        super().__init__()
+        shape = (1, channels) + (1,) * (dims - 2)
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + CHANNEL_NORM_EPS)
+        return centred * scale * self.weight + self.bias
 
 
 def check_image(x: Tensor, in_channels: int) -> None:

@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobilemix.errors import CheckpointError, UnknownNameError
-from mobilemix.models.common import check_image, linear_head
+from mobilemix.models.common import ChannelNorm, check_image, linear_head
 
 MLP_RATIO = 4
 DOWNSAMPLE_EXPANSION = 4  # of the inverted residual between stages
 SQUEEZE = 4  # of its squeeze-and-excitation
 TRANSITION_RANGE = (1.0, 16.0)  # of the uniform initial A
 GATE_INIT = 1e-4  # before the sigmoid
-NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,6 @@ VARIANTS: Mapping[str, Config] = {
     "efficientvim_m3": Config((224, 320, 512), (2, 2, 2), (49, 25, 9)),
     "efficientvim_m4": Config((224, 320, 512), (3, 4, 2), (64, 32, 16)),
 }
-
-
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels of (B, C, ...), with `dims` dimensions in all."""
-
-    def __init__(self, channels: int, dims: int):
-        super().__init__()
-        shape = (1, channels) + (1,) * (dims - 2)
-        self.weight = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = x - x.mean(1, keepdim=True)
-        scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + NORM_EPS)
-        return centred * scale * self.weight + self.bias
 
 
 class HiddenStateMixer(nn.Module):

@@ -30,13 +30,12 @@ def count(model: nn.Module, shape: tuple[int, ...]) -> Cost:
     reach a device, and the rest are no multiply-adds. Nor do FFTs: the counters behind the published figures leave
     them out, and what they cost depends on the target's lowering. Only shapes are computed, never values.
     """
-    device = next((parameter.device for parameter in model.parameters()), None)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    device = next((weight.device for weight in weights.values()), None)
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         sdpa_kernel(SDPBackend.MATH),  # matrix products, which the counter knows on every device
         FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
     ):
-        model(torch.empty(shape, device=device))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(parameters, counter.get_total_flops() // 2)
+        torch.func.functional_call(model, weights, torch.empty(shape, device=device))
+    return Cost(sum(weight.numel() for weight in weights.values()), counter.get_total_flops() // 2)
