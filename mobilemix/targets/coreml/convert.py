@@ -14,7 +14,7 @@ import traceback
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.export import ExportedProgram
 
 from mobilemix.errors import InputError, TargetError, UnsupportedOpError
 from mobilemix.files import sha256
+from mobilemix.passes.base import source
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.coreml.image_input import take_unscaled
@@ -58,13 +59,12 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         UnsupportedOpError: an operator that coremltools does not have.
         TargetError: any other refusal by coremltools.
     """
-    with quiet():
-        program = lowered.program.run_decompositions({})
+    program = lowered.program
     shapes = [_shape(program, name) for name in program.graph_signature.user_inputs]
     if recipe.input == "image":
         inputs = [_image_input(lowered, shapes)]
         assert lowered.std is not None
-        take_unscaled(program, lowered.std)
+        program = take_unscaled(program, lowered.std)
     else:
         inputs = [
             ct.TensorType(name=name, shape=shape, dtype=np.float32)
@@ -75,9 +75,9 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     if classifier is not None:
         pipeline.append_pass("mobilemix::append_softmax")
     precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.precision.FLOAT16
-    with tempfile.TemporaryDirectory(dir=destination.parent) as folder, _one_line_errors(), quiet():
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder, _one_line_errors(program), quiet():
         model = ct.convert(
-            program,
+            program.run_decompositions({}),
             inputs=inputs,
             outputs=[ct.TensorType(name=name, dtype=np.float32) for name in lowered.output_names],
             classifier_config=classifier,
@@ -217,7 +217,7 @@ def _serialised(specification: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(program: ExportedProgram) -> Iterator[None]:
     """Turn whatever coremltools raises into one line that names the operator and the user's line of source.
 
     coremltools reports the place in its log only, so it is read from the frames of its converter.
@@ -228,30 +228,17 @@ def _one_line_errors() -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        nodes = {node.name: node for node in program.graph.nodes}
         for frame, _ in traceback.walk_tb(error.__traceback__):
             values = frame.f_locals
-            if frame.f_code.co_name == "from_exir_node" and "kind" in values:
-                node = values["node"]
-                message = f"Core ML has no operator {values['kind']}{_place(node.meta)}"
-                raise UnsupportedOpError(message) from error
-            if frame.f_code.co_name == "convert_single_node":
-                node = values["node"]
-                raise TargetError(f"Core ML refuses {node.kind} '{node.name}'{_place(node.meta)}: {reason}") from error
-            if frame.f_code.co_name == "apply_pipeline" and "pass_name" in values:
-                message = f"coremltools' pass {values['pass_name']} failed: {reason}"
-                raise TargetError(message) from error
+            match frame.f_code.co_name:
+                case "from_exir_node":
+                    message = f"Core ML has no operator {values.get('kind')}: {source(values['node'])}"
+                    raise UnsupportedOpError(message) from error
+                case "convert_single_node":
+                    node = values["node"]
+                    place = source(nodes[node.name]) if node.name in nodes else f"node {node.name}"
+                    raise TargetError(f"Core ML refuses {node.kind}: {place}: {reason}") from error
+                case "apply_pipeline" if "pass_name" in values:
+                    raise TargetError(f"coremltools' pass {values['pass_name']} failed: {reason}") from error
         raise TargetError(f"coremltools failed: {reason}") from error
-
-
-def _place(meta: Mapping[str, Any]) -> str:
-    """' (FILE line N, in F: source)' of the innermost user frame of an FX node, or nothing."""
-    lines = [line.strip() for line in (meta.get("stack_trace") or "").splitlines()]
-    places = [
-        (line, source)
-        for line, source in zip(lines, [*lines[1:], ""], strict=True)
-        if line.startswith("File ") and "/torch/" not in line
-    ]
-    if not places:
-        return ""
-    line, source = places[-1]
-    return f" ({line.removeprefix('File ')}: {source})"
