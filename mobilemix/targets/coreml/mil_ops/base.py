@@ -55,9 +55,9 @@ def rule(*types: str, result: Result | None = None) -> Callable[[Compute], Compu
     return register
 
 
-def like(parameter: str) -> Result:
-    """Outputs of the data type of `parameter`."""
-    return lambda dtypes, _: dtypes[parameter]
+def like(parameter: str, absent: str | None = None) -> Result:
+    """Outputs of the data type of `parameter`, or `absent` where it is left to its default."""
+    return lambda dtypes, _: dtypes.get(parameter, absent)
 
 
 def always(dtype: str) -> Result:

@@ -22,16 +22,16 @@ def constexpr_cast(source_val: Tensor, output_dtype: str) -> Tensor:
     return cast(source_val, output_dtype)
 
 
-@rule("fill", result=like("value"))
-def fill(shape: Tensor, value: Tensor) -> Tensor:
+@rule("fill", result=like("value", "fp32"))
+def fill(shape: Tensor, value: Tensor | float = 0.0) -> Tensor:
     """`value` everywhere."""
-    return value.expand(ints(shape))
+    return torch.as_tensor(value).expand(ints(shape))
 
 
-@rule("fill_like", result=like("value"))
-def fill_like(ref_tensor: Tensor, value: Tensor) -> Tensor:
+@rule("fill_like", result=like("value", "fp32"))
+def fill_like(ref_tensor: Tensor, value: Tensor | float = 0.0) -> Tensor:
     """`value` in the shape of `ref_tensor`."""
-    return value.expand(ref_tensor.shape)
+    return torch.as_tensor(value).expand(ref_tensor.shape)
 
 
 @rule("range_1d")
@@ -40,17 +40,17 @@ def range_1d(start: Tensor, end: Tensor, step: Tensor) -> Tensor:
     return torch.arange(start.item(), end.item(), step.item(), dtype=start.dtype)
 
 
-@rule("one_hot", result=like("on_value"))
+@rule("one_hot", result=like("on_value", "int32"))
 def one_hot(
     indices: Tensor,
     one_hot_vector_size: Tensor,
-    on_value: Tensor,
-    off_value: Tensor,
     axis: Tensor | int = -1,
+    on_value: Tensor | int = 1,
+    off_value: Tensor | int = 0,
 ) -> Tensor:
     """on_value at each index along a new axis, off_value elsewhere."""
     hot = indices[..., None] == torch.arange(int(one_hot_vector_size))
-    return torch.where(hot, on_value, off_value).movedim(-1, int(axis))
+    return torch.where(hot, torch.as_tensor(on_value), torch.as_tensor(off_value)).movedim(-1, int(axis))
 
 
 @rule("quantize", result=named("output_dtype"))
