@@ -10,9 +10,9 @@ which makes a run reproducible from its seed. Either can be continued with ``--r
 
 Three habits make a small network learn from a few thousand pictures: images grow during training, from 0.6 to 1.0 of
 the final size, and are tested larger still (Touvron et al., "Fixing the train-test resolution discrepancy",
-arXiv 1906.06423); most training images are mixtures of two (CutMix, arXiv 1905.04899, and mixup, arXiv 1710.09412);
-and the weights that count are an exponential moving average. Validation accuracy is logged on the way but selects
-nothing: the last average is what is saved.
+arXiv 1906.06423); nearly half of the training images are mixtures of two (CutMix, arXiv 1905.04899, and mixup,
+arXiv 1710.09412); and the weights that count are an exponential moving average. Validation accuracy is logged on the
+way but selects nothing: the last average is what is saved.
 """
 
 import argparse
@@ -40,15 +40,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_PCT = 0.95  # share of the resized image's side that evaluation keeps
 CACHE_SIDE = 224  # pixels; short side of the decoded training images
 
-GROWTH = ((0.0, 0.6), (0.45, 0.8), (0.85, 1.0))  # from this progress on, this share of the final size
-SIZE_STEP = 32  # the network's stride
-MIXING_ENDS = 0.88  # progress; the last epochs see single images, as evaluation does
+GROWTH = ((0.0, 0.6), (0.45, 0.8), (0.8, 1.0))  # from this progress on, this share of the final size
+SIZE_STEP = 16  # half the network's stride
+MIXING_ENDS = 0.8  # progress; the last epochs see single images, as evaluation does
 WARM_UP = 0.03  # of the schedule
 CROP_AREA, CROP_ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)
 ROTATION_DEGREES, ROTATION_SHARE = 30.0, 0.5
 JITTER = 0.4  # brightness, contrast and saturation, each by a factor in 1 ± JITTER
 ERASED_SHARE, ERASED_AREA = 0.25, (0.02, 0.2)
-CUTMIX_SHARE, MIXUP_SHARE = 0.35, 0.3
+CUTMIX_SHARE, MIXUP_SHARE = 0.3, 0.15
 MIXUP_ALPHA = 0.4
 LABEL_SMOOTHING = 0.1
 WEIGHT_DECAY = 0.05
@@ -209,7 +209,7 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * (self.progress - WARM_UP) / (1 - WARM_UP)))
 
     def size(self, final: int) -> int:
-        """Image size now, in pixels: a multiple of the network's stride, `final` in the end."""
+        """Image size now, in pixels: a multiple of half the network's stride, `final` in the end."""
         share = next(share for start, share in reversed(GROWTH) if self.progress >= start)
         return max(SIZE_STEP, round(share * final / SIZE_STEP) * SIZE_STEP) if share < 1 else final
 
@@ -391,8 +391,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--epochs", type=int, help="budget in passes over the training images")
     budget.add_argument("--minutes", type=float, help="budget in minutes of training; the schedule follows the clock")
-    parser.add_argument("--size", type=int, default=160, help="final training image size in pixels")
-    parser.add_argument("--eval-size", type=int, default=192, help="image size of the final evaluation in pixels")
+    parser.add_argument("--size", type=int, default=128, help="final training image size in pixels")
+    parser.add_argument("--eval-size", type=int, default=160, help="image size of the final evaluation in pixels")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
