@@ -114,6 +114,7 @@ def export(
 
 def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listener = _silent) -> Prepared:
     """Load, capture and lower a recipe's model; the recipe's target does not matter yet. Raises as `export` does."""
+    labels = read_labels(recipe.labels) if recipe.labels else None  # first: a wrong path should not cost a minute
     stages = _Stages(listener)
     with stages("load"):
         source = load_source(recipe, module)
@@ -130,7 +131,7 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
         output_names=_output_names(outputs),
         mean=preprocess.mean if preprocess else None,
         std=preprocess.std if preprocess else None,
-        labels=_labels(recipe, source, outputs),
+        labels=_labels(labels, source, outputs[0]),
         metadata={**source.metadata, "version": __version__},
     )
     return Prepared(source, lowered, passes, stages.seconds)
@@ -281,12 +282,12 @@ def _provenance(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _labels(recipe: Recipe, source: Source, outputs: list[tuple[int, ...]]) -> tuple[str, ...] | None:
-    """The recipe's labels, or the source's own where they fit the first output, (batch, classes)."""
-    classes = outputs[0][-1] if len(outputs[0]) == 2 else 0
-    if recipe.labels:
-        return read_labels(recipe.labels, expected=classes)
-    labels = read_labels(source.labels)
+def _labels(given: tuple[str, ...] | None, source: Source, output: tuple[int, ...]) -> tuple[str, ...] | None:
+    """The labels given, which must fit the first output, (batch, classes); or the source's own if they do."""
+    classes = output[-1] if len(output) == 2 else 0
+    if given and len(given) != classes:
+        raise InputError(f"{len(given)} labels were given, but {source.name} has {classes} classes")
+    labels = given or read_labels(source.labels)
     return labels if len(labels) == classes else None
 
 

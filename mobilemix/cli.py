@@ -7,6 +7,7 @@ Exit codes: 0 done and verified, 1 verification failed, 2 anything that the user
 import dataclasses
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,10 +201,13 @@ def _root(
 def main() -> NoReturn:
     """Entry point: runs the application; what goes wrong becomes one line on standard error and exit code 2."""
     usage_error: Any = typer.BadParameter.__base__  # the root of what the parser raises, under every typer
-    signal.signal(signal.SIGTERM, _interrupt)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _interrupt)
+    if "--debug" not in sys.argv:
+        warnings.simplefilter("ignore")  # torch and coremltools warn of each other's deprecations
     try:
         code = app(standalone_mode=False)
-    except (MobilemixError, usage_error, KeyboardInterrupt, typer.Abort) as error:
+    except (MobilemixError, usage_error, _Interrupted) as error:
         if "--debug" in sys.argv:
             raise
         typer.echo(f"error: {_message(error)}", err=True)
@@ -212,14 +216,16 @@ def main() -> NoReturn:
 
 
 def _message(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return "interrupted; nothing was written"
     text = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(text.split())
 
 
+class _Interrupted(BaseException):
+    """Unlike KeyboardInterrupt, which typer turns into an exit code of its own."""
+
+
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+    raise _Interrupted("interrupted; nothing was written")
 
 
 def _inputs(values: list[str]) -> dict[str, Any]:
@@ -250,7 +256,9 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
 def _console(*, stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    # Into a pipe or a file, tables are as wide as they need to be.
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 160
+    return Console(stderr=stderr, highlight=False, width=width)
 
 
 @contextmanager

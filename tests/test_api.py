@@ -166,7 +166,7 @@ def test_the_size_budget_decides_too(network, tmp_path):
         ({"target": "onnx", "precision": "fp8"}, "unknown precision"),
         ({"target": "onnx", "input": "image"}, "takes tensors; use --input tensor"),
         ({"target": "coreml", "input": "image", "input_shapes": ((2, 3, 16, 16),)}, "use --input tensor"),
-        ({"target": "onnx", "input_shapes": ((1, 3, 16),)}, "3D|dimension|shape"),
+        ({"target": "onnx", "input_shapes": ((1, 3, 16),)}, "could not capture the model"),
         ({"target": "onnx", "input_shapes": ((1, 5, 16, 16),)}, "channels"),
     ],
 )

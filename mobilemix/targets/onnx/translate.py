@@ -97,6 +97,8 @@ class _Exportable(ExportedProgram):
         exportable = cls.__new__(cls)
         exportable.__dict__.update(program.__dict__)
         exportable._graph_module = copy.deepcopy(program.graph_module)
+        for ours, theirs in zip(exportable.graph.nodes, program.graph.nodes, strict=True):
+            ours.name = theirs.name  # a copy avoids Python's own names, such as `input`, which the signature keeps
         exportable.translated, exportable.was_decomposed = exportable.graph, False
         return exportable
 
