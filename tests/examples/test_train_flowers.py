@@ -1,7 +1,7 @@
+import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,16 +27,25 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def run(data: Path, out: Path, *options: str) -> None:
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_flowers", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(example: ModuleType, data: Path, out: Path, *options: str) -> None:
     sizes = ("--size", "64", "--eval-size", "48", "--batch-size", "6", "--check-every", "1", "--device", "cpu")
-    command = [sys.executable, str(EXAMPLE), "--data", str(data), "--out", str(out), *sizes, *options]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    example.main(["--data", str(data), "--out", str(out), *sizes, *options])
 
 
-def test_two_epochs_then_a_third(data: Path, tmp_path: Path) -> None:
+def test_two_epochs_then_a_third(example: ModuleType, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run(data, out, "--epochs", "2")
-    run(data, out, "--epochs", "3", "--resume")
+    run(example, data, out, "--epochs", "2")
+    run(example, data, out, "--epochs", "3", "--resume")
 
     log = [json.loads(line) for line in (out / "epochs.jsonl").read_text().splitlines()]
     assert [(record["epoch"], record["size"]) for record in log] == [(1, 32), (2, 48), (3, 48)]
@@ -51,7 +60,7 @@ def test_two_epochs_then_a_third(data: Path, tmp_path: Path) -> None:
     assert head.shape[0] == len(CLASSES)
 
 
-def test_time_budget_ends_the_training(data: Path, tmp_path: Path) -> None:
-    run(data, tmp_path / "run", "--minutes", "0.001")
+def test_time_budget_ends_the_training(example: ModuleType, data: Path, tmp_path: Path) -> None:
+    run(example, data, tmp_path / "run", "--minutes", "0.001")
     (record,) = (tmp_path / "run" / "epochs.jsonl").read_text().splitlines()
     assert json.loads(record)["progress"] == 1.0
