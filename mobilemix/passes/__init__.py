@@ -9,7 +9,9 @@ from mobilemix.passes.base import Pass, PassError, PassResult
 from mobilemix.passes.complex_to_real import ComplexToReal
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
 from mobilemix.passes.fold_constants import FoldConstants
+from mobilemix.passes.lower_einsum import LowerEinsum
 from mobilemix.passes.lower_softshrink import LowerSoftshrink
+from mobilemix.passes.merge_reshapes import MergeReshapes
 from mobilemix.passes.remove_no_ops import RemoveNoOps
 
 __all__ = ["PASSES", "Pass", "PassError", "PassResult", "lower"]
@@ -24,7 +26,11 @@ PASSES: tuple[Pass, ...] = (
     AverageHeads(),
     # After the constants, which it splits into real and imaginary parts.
     ComplexToReal(),
+    # After it, for the products of complex tensors that it leaves.
+    LowerEinsum(),
     LowerSoftshrink(),
+    # After all that reshapes.
+    MergeReshapes(),
     # Again: the rules for complex numbers negate and add weights, and leave copies of what was a view.
     RemoveNoOps(),
     FoldConstants(),

@@ -64,6 +64,13 @@ class Edit:
         found = self._constants.get(node) if isinstance(node, fx.Node) else None
         return found.tensor if found else None
 
+    def is_static(self, node: fx.Node) -> bool:
+        """Whether a value depends on parameters and buffers alone, so that it can become a constant."""
+        if self.constant(node) is not None:
+            return True
+        inputs = node.all_input_nodes
+        return node.op == "call_function" and bool(inputs) and all(map(self.is_static, inputs))
+
     def name(self, node: fx.Node) -> str:
         """The name in the state dict of a constant, that of the node for any other value."""
         found = self._constants.get(node)

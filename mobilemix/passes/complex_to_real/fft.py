@@ -78,9 +78,7 @@ def _along(x: Complex, axis: int) -> tuple[Real, int]:
     """Both parts in one tensor, side by side with `axis`: (…, 2, n, …) or (…, n, 2, …)."""
     if x.stacked and x.stacked[1] in (axis, axis + 1):
         return x.stacked
-    outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis:])
-    parts = [part.reshape((outer, inner)) for part in x.parts]
-    return emit(x.edit, aten.cat.default, parts, 1), axis
+    return emit(x.edit, aten.cat.default, list(x.parts), axis), axis
 
 
 def _multiply(call: Call, matrix: Tensor, data: Real) -> Real:

@@ -5,7 +5,6 @@ Arithmetic on either makes nodes. A part that is known to be zero is None, so th
 
 # ruff: noqa: D105 (arithmetic operators say what they do)
 
-import math
 from collections.abc import Sequence
 from typing import Any, Union
 
@@ -99,7 +98,10 @@ class Complex:
 
     @classmethod
     def from_stacked(cls, data: Real, shape: Sequence[int], axis: int) -> "Complex":
-        """Parts that lie in `data`, which holds shape[:axis] + (2,) + shape[axis:] in row-major order."""
+        """Parts that lie in `data`, which holds shape[:axis] + (2,) + shape[axis:] in row-major order.
+
+        Only between two transforms is `axis` the rank, that is, do the parts lie behind the last axis.
+        """
         self = cls.__new__(cls)
         self.shape, self._parts, self.stacked = tuple(shape), None, (data, axis)
         return self
@@ -110,12 +112,9 @@ class Complex:
         if self._parts is None:
             assert self.stacked is not None
             data, axis = self.stacked
-            outer, inner = math.prod(self.shape[:axis]), math.prod(self.shape[axis:])
-            rows = data.reshape((outer, 2 * inner))
-            self._parts = (
-                rows.take(1, 0, inner).reshape(self.shape),
-                rows.take(1, inner, 2 * inner).reshape(self.shape),
-            )
+            size = self.shape[axis]
+            both = data.reshape((*self.shape[:axis], 2 * size, *self.shape[axis + 1 :]))
+            self._parts = both.take(axis, 0, size), both.take(axis, size, 2 * size)
         return self._parts
 
     @property
