@@ -110,10 +110,11 @@ HEADER = """# Every backbone to every target
 
 Made by `python benchmarks/exports.py` on {machine}.
 
-Each row is one `mobilemix export` in a process of its own: `seconds` is the whole command from start to verified artifact,
-`peak GB` its peak resident memory. Errors are those of the artifact, read back from disk and executed (ONNX Runtime; the MIL
-executor), against the float64 source model: the worst of two noise inputs and five photographs. Core ML in fp16 is executed
-with every declared fp16 value rounded; its program and weights are also proven equal to the fp32 ones, op for op.
+Each row is one `mobilemix export` in a process of its own: `seconds` is the whole command from start to verified
+artifact, `peak GB` its peak resident memory. Errors are those of the artifact, read back from disk and executed (ONNX
+Runtime; the MIL executor), against the float64 source model: the worst of two noise inputs and five photographs.
+Core ML in fp16 is executed with every declared fp16 value rounded; its program and weights are also proven equal to the
+fp32 ones, op for op. Weights are generated, so top-1 is agreement with PyTorch and nothing else.
 
 {table}
 """
