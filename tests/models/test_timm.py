@@ -60,7 +60,7 @@ def test_classifiers_take_timms_options(timm: Any, name: str) -> None:
     assert model(image(2, 1, 64, 64)).shape == (2, 7)
 
 
-# timm 1.0.31 has an EfficientViM of its own, whose norms are (C,) for (1, C, 1): there two implementations are compared.
+# timm 1.0.31 has an EfficientViM of its own, with norms of shape (C,) for (1, C, 1): two implementations are compared.
 @pytest.mark.parametrize("name", [*SMALL, "efficientvim_m1"])
 def test_weights_are_exchanged_with_mobilemix(timm: Any, name: str) -> None:
     ours, model = distinct(registry.create_model(name)), timm.create_model(name).eval()
