@@ -63,7 +63,7 @@ def adaptive_avg_pool2d(x: Any, output_size: Sequence[int]) -> Any:
     Cells of one size are a pool; others, which overlap, are one matrix for the rows and one for the columns.
     """
     pairs = list(zip(x.shape[-2:], output_size, strict=True))
-    if tuple(output_size) == (1, 1):
+    if tuple(output_size) == (1, 1):  # a rewrite makes a pool of it where the rank allows
         return op.ReduceMean(x, op.Constant(value_ints=[-2, -1]), keepdims=1)
     if len(x.shape) == 4 and all(size % count == 0 for size, count in pairs):
         cell = [size // count for size, count in pairs]

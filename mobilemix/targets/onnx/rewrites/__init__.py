@@ -1,17 +1,30 @@
 """Graph rewrites, in order, each with the reason that it is there."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+
+from mobilemix.targets.onnx.rewrites import channel_layer_norm, gelu, global_average_pool, separate_convs
+
+
+def _apply(*rules: Sequence[RewriteRule]) -> Callable[[ir.Model], object]:
+    return RewriteRuleSet([rule for part in rules for rule in part], commute=True).apply_to_model
+
 
 PASSES: tuple[Callable[[ir.Model], object], ...] = (
     # torchlib's own functions become plain operators, which is all that most runtimes know.
     common.InlinePass(),
     # Shapes are fixed, so what torchlib computes from them are constants.
     functools.partial(fold_constants, onnx_shape_inference=True),
+    # Each as few kernels as ONNX Runtime can make of it. Independent of one another.
+    _apply(gelu.RULES, global_average_pool.RULES, separate_convs.RULES, channel_layer_norm.RULES[:1]),
+    # What follows a norm, once it is one: the scale before the shift, which ends the chain.
+    _apply(channel_layer_norm.RULES[1:2]),
+    _apply(channel_layer_norm.RULES[2:]),
     common.RemoveUnusedNodesPass(),
     # The rest is names and order: every constant an initialiser, once; one node for equal ones.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
