@@ -6,9 +6,12 @@ identifiers in `Manifest.json`, which coremltools draws at random, are derived f
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
+import operator
+import re
 import shutil
 import tempfile
 import traceback
@@ -26,6 +29,7 @@ from coremltools.converters.mil.mil import Block, Program
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 from torch.export import ExportedProgram
+from torch.export.graph_signature import TensorArgument
 
 from mobilemix.errors import InputError, MobilemixError, TargetError, UnsupportedOpError
 from mobilemix.files import sha256
@@ -71,6 +75,8 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         ]
     classifier = _classifier(lowered, program)
     pipeline = ct.PassPipeline()
+    # The casts to fp16 are named after operations, which until then have to be distinct.
+    pipeline.insert_pass(pipeline.passes.index("common::dedup_op_and_var_names"), "mobilemix::name_operations")
     if classifier is not None:
         pipeline.append_pass("mobilemix::append_softmax")
     precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.precision.FLOAT16
@@ -124,7 +130,27 @@ def _decomposed(program: ExportedProgram, std: tuple[float, ...] | None) -> Expo
     if std is not None:
         program = take_unscaled(program, std)
     decomposed: ExportedProgram = program.run_decompositions({})
+    _restore_names(decomposed)
     return decomposed
+
+
+def _restore_names(decomposed: ExportedProgram) -> None:
+    """Name the nodes as before `run_decompositions` numbered them anew; the bisect and messages go by names.
+
+    Where one node became several, the last has its name; the others carry it in front of their own.
+    """
+    calls = [node for node in decomposed.graph.nodes if node.op == "call_function" and node.meta.get("from_node")]
+    origins = {node: node.meta["from_node"][-1].name for node in calls}
+    last = {origin: node for node, origin in origins.items() if node.target is not operator.getitem}
+    renamed = {
+        node.name: origin if last.get(origin) is node else f"{origin}__{node.name}" for node, origin in origins.items()
+    }
+    for node in origins:
+        node.name = renamed[node.name]
+    specs = decomposed.graph_signature.output_specs
+    specs[:] = [
+        dataclasses.replace(spec, arg=TensorArgument(renamed.get(spec.arg.name, spec.arg.name))) for spec in specs
+    ]
 
 
 def _image_input(lowered: Lowered, shapes: list[tuple[int, ...]]) -> ct.ImageType:
@@ -161,6 +187,17 @@ def _classifier(lowered: Lowered, program: ExportedProgram) -> ct.ClassifierConf
     return ct.ClassifierConfig(
         list(lowered.labels), predicted_feature_name=LABEL_OUTPUT, predicted_probabilities_output=_PROBABILITIES
     )
+
+
+@register_pass(namespace="mobilemix")
+class name_operations(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801, the name is the pass's
+    """Name operations after their outputs, because some of coremltools' rules name only the latter after the node."""
+
+    def apply(self, prog: Any) -> None:
+        """Rename in place."""
+        for operation in prog.functions["main"].operations:
+            if operation.op_type != "const" and len(operation.outputs) == 1:
+                operation.name = operation.outputs[0].name
 
 
 @register_pass(namespace="mobilemix")
@@ -268,4 +305,7 @@ def _one_line_errors(program: ExportedProgram) -> Iterator[None]:
                     raise TargetError(f"Core ML refuses {node.kind}: {place}: {reason}") from error
                 case "apply_pipeline" if "pass_name" in values:
                     raise TargetError(f"coremltools' pass {values['pass_name']} failed: {reason}") from error
+        layer = re.search(r'Layer "(\w+?)(_cast_fp16)?"', reason)
+        if layer and layer[1] in nodes:
+            raise TargetError(f"Core ML refuses {source(nodes[layer[1]])}: {reason}") from error
         raise TargetError(f"coremltools failed: {reason}") from error
