@@ -4,14 +4,15 @@ from collections.abc import Callable
 
 from torch.export import ExportedProgram
 
-from mobilemix.passes.average_heads import AverageHeads
 from mobilemix.passes.base import Pass, PassError, PassResult
 from mobilemix.passes.complex_to_real import ComplexToReal
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
 from mobilemix.passes.fold_constants import FoldConstants
 from mobilemix.passes.lower_einsum import LowerEinsum
 from mobilemix.passes.lower_softshrink import LowerSoftshrink
+from mobilemix.passes.merge_linear import MergeLinear
 from mobilemix.passes.merge_reshapes import MergeReshapes
+from mobilemix.passes.merge_slices import MergeSlices
 from mobilemix.passes.remove_no_ops import RemoveNoOps
 
 __all__ = ["PASSES", "Pass", "PassError", "PassResult", "lower"]
@@ -21,19 +22,23 @@ PASSES: tuple[Pass, ...] = (
     RemoveNoOps(),
     # Before the complex pass, so that the spectrum of a weight is computed by torch.fft in float64.
     FoldConstants(),
-    # Before the heads are averaged: each may have a batch norm of its own, which the average must take in.
     FoldBatchNorm(),
-    AverageHeads(),
     # After the constants, which it splits into real and imaginary parts.
     ComplexToReal(),
-    # After it, for the products of complex tensors that it leaves.
+    # For the products of complex tensors that it leaves, besides the model's own.
     LowerEinsum(),
-    LowerSoftshrink(),
-    # After all that reshapes.
-    MergeReshapes(),
-    # Again: the rules for complex numbers negate and add weights, and leave copies of what was a view.
+    # Again: the two passes above compute with weights, and leave copies of what was a view.
     RemoveNoOps(),
+    MergeReshapes(),
     FoldConstants(),
+    # Where batch norm is folded (each of two averaged heads may have one), and every bias and scale is a constant.
+    MergeLinear(),
+    # Around it, so that the slices of one merged map meet the concatenation of the next map.
+    MergeReshapes(),
+    MergeSlices(),
+    MergeReshapes(),
+    # Last: until here it is one elementwise operator among others.
+    LowerSoftshrink(),
 )
 
 

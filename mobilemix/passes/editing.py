@@ -79,7 +79,8 @@ class Edit:
     def add_constant(self, name: str, tensor: Tensor) -> fx.Node:
         """A buffer that holds `tensor`; the existing one where the same tensor was added before.
 
-        `name` is its name in the state dict, numbered if another constant that remains has it.
+        `name` is its name in the state dict, numbered if another constant that remains has it. It must not lie below
+        the name of another tensor ("weight.part" beside "weight"), where no module could hold it.
         """
         tensor = tensor.detach().contiguous()
         alike = self._added.setdefault((tensor.dtype, tuple(tensor.shape)), [])
@@ -105,8 +106,9 @@ class Edit:
         finally:
             self._origin = outer
 
-    def emit(self, op: Op, *args: Any, **kwargs: Any) -> fx.Node:
+    def emit(self, op: Op | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call of an ATen operator and compute its shape and dtype."""
+        assert not isinstance(op, str)  # the type of a node's target allows one, for other kinds of node
         node: fx.Node = self.graph.call_function(op, args, kwargs)
         values_of = lambda item: item.meta["val"] if isinstance(item, fx.Node) else item  # noqa: E731
         with self._fake_mode, torch.no_grad():
@@ -114,7 +116,7 @@ class Edit:
         node.meta.update(self._origin)
         return node
 
-    def emit_like(self, node: fx.Node, **changes: Any) -> fx.Node:
+    def emit_like(self, node: fx.Node, /, **changes: Any) -> fx.Node:
         """The call of `node` again, with some arguments, by their schema names, changed."""
         assert isinstance(node.target, torch._ops.OpOverload)
         values = {**arguments(node), **changes}
@@ -186,6 +188,11 @@ class Edit:
             verifiers=old.verifiers,
         )
         return PassResult(program, True)
+
+
+def bias_name(weight: str) -> str:
+    """The name of the bias that goes with a weight."""
+    return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else weight + "_bias"
 
 
 def _constants(program: ExportedProgram, graph: fx.Graph) -> dict[fx.Node, _Constant]:

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from mobilemix.passes.base import Pass, PassResult, arguments
-from mobilemix.passes.editing import Edit
+from mobilemix.passes.editing import Edit, bias_name
 
 aten = torch.ops.aten
 
@@ -131,5 +131,5 @@ def _with_parameters(edit: Edit, node: fx.Node, weight: Tensor, bias: Tensor) ->
     return edit.emit_like(
         node,
         weight=edit.add_constant(name, weight.to(dtype)),
-        bias=edit.add_constant(name.removesuffix("weight") + "bias", bias.to(dtype)),
+        bias=edit.add_constant(bias_name(name), bias.to(dtype)),
     )

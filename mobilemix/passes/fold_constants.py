@@ -19,7 +19,7 @@ class FoldConstants(Pass):
     """Replace operators on parameters and buffers by their result.
 
         before:  w (2, G, I, O) → select (0, 0) → (G, I, O);    arange (H) → … → grid (1, H, W)
-        after:   w.select (G, I, O), a buffer;                  w.grid (1, H, W), a buffer
+        after:   w_select (G, I, O), a buffer;                  grid (1, H, W), a buffer
 
     A chain of operators is computed in float64 and rounded once. An operator that makes a large constant out of smaller
     ones (expand, repeat, zeros) stays.
@@ -47,7 +47,9 @@ class FoldConstants(Pass):
             weights[node] = next((weights.get(x, x) for x in inputs), node)
         for node, value in known.items():
             if isinstance(value, Tensor) and any(user not in known for user in node.users):
-                name = f"{edit.name(weights[node])}.{node.name}"
+                name = edit.name(weights[node])
+                verb = getattr(node.target, "_opname", "item")
+                name = name if name.endswith(verb) else f"{name}_{verb}"
                 edit.replace(node, edit.add_constant(name, value.to(node.meta["val"].dtype)))
         return edit.finish()
 

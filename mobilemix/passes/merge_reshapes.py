@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from mobilemix.passes.base import Pass, PassResult
 from mobilemix.passes.editing import Edit
+from mobilemix.passes.elementwise import BINARY, UNARY, is_elementwise
 
 aten = torch.ops.aten
 
@@ -22,10 +23,6 @@ _RESHAPES = (
     aten.squeeze.default,
     aten.unsqueeze.default,
 )
-_ELEMENTWISE = {
-    "abs", "add", "clamp", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul", "neg", "relu",
-    "relu6", "sigmoid", "silu", "softplus", "softshrink", "sqrt", "sub", "tanh",
-}  # fmt: skip
 
 
 class MergeReshapes(Pass):
@@ -65,7 +62,7 @@ def _merge(edit: Edit, node: fx.Node) -> fx.Node | None:
 
 
 def _move_up(edit: Edit, node: fx.Node) -> fx.Node | None:
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._opname not in _ELEMENTWISE:
+    if not is_elementwise(node, UNARY | BINARY):
         return None
     tensors = [item for item in node.args if isinstance(item, fx.Node)]
     reshaped = [item for item in tensors if item.target in _RESHAPES]

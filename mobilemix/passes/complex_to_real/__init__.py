@@ -25,7 +25,7 @@ class ComplexToReal(Pass):
                    → re·k_re − im·k_im, re·k_im + im·k_re → matmul (2H, 2H) → matmul (2K, W) → y,   K = W // 2 + 1
 
     An operator without a rule that is composed of others is rewritten by those. Real operators, composite ones
-    included, stay as they are. Complex parameters and buffers become two, `name.re` and `name.im`.
+    included, stay as they are. Complex parameters and buffers become two, `name_re` and `name_im`.
 
     Raises (from `rewrite`):
         UnsupportedOpError: an operator on complex tensors that has no rule, or a complex input or output of the model.
@@ -63,7 +63,7 @@ class _Walk:
             raise UnsupportedOpError(
                 f"input {name} is complex; let the model take torch.view_as_real({name}) and call torch.view_as_complex"
             )
-        parts = ((f"{name}.re", tensor.real), (f"{name}.im", tensor.imag))
+        parts = ((f"{name}_re", tensor.real), (f"{name}_im", tensor.imag))
         self._rewritten[node] = Complex(*(Real(self._edit, self._edit.add_constant(*part)) for part in parts))
 
     def call(self, node: fx.Node) -> None:
@@ -115,7 +115,7 @@ class _Walk:
         values = dict(zip(body.graph.find_nodes(op="placeholder"), numbers.values(), strict=True))
         for constant in body.graph.find_nodes(op="get_attr"):
             tensor = getattr(body, constant.target)
-            values[constant] = Real(self._edit, self._edit.add_constant(f"{node.name}.{constant.target}", tensor))
+            values[constant] = Real(self._edit, self._edit.add_constant(f"{node.name}_{constant.target}", tensor))
         for step in steps:
             step_args, step_kwargs = fx.map_arg((step.args, step.kwargs), values.__getitem__)
             values[step] = self._run(node, step.target, step_args, step_kwargs, step.meta["val"])
