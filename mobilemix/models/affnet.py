@@ -195,16 +195,16 @@ class AFFNet(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_1x1_exp(self.features(x)[-1])
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv_1x1_exp(self.features(image)[-1])
         return self.classifier(x.mean((-2, -1)))  # type: ignore[no-any-return]
 
 
 class AFFNetFeatures(AFFNet):
     """AFFNet whose output is the list of its five feature maps; the unused head lets checkpoints load strictly."""
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        return self.features(x)
+    def forward(self, image: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return self.features(image)
 
 
 def _local_stage(in_channels: int, out_channels: int, blocks: int, stride: int, expansion: int) -> nn.Sequential:

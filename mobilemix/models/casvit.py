@@ -167,8 +167,8 @@ class CASViT(Backbone):
         self.head = linear_head(width, num_classes)
         self.dist_head = linear_head(width, num_classes) if distillation else None
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        pooled = self.norm(self.stages(x)[-1]).mean((-2, -1))
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        pooled = self.norm(self.stages(image)[-1]).mean((-2, -1))
         logits: Tensor = self.head(pooled)
         if self.dist_head is None:
             return logits
@@ -184,9 +184,9 @@ class CASViTFeatures(Backbone):
         # The official names count entries of `network`.
         self.norm0, self.norm2, self.norm4, self.norm6 = map(nn.BatchNorm2d, config.channels)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         norms = (self.norm0, self.norm2, self.norm4, self.norm6)
-        return [norm(features) for norm, features in zip(norms, self.stages(x), strict=True)]
+        return [norm(features) for norm, features in zip(norms, self.stages(image), strict=True)]
 
 
 def build(

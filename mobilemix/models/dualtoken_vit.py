@@ -269,15 +269,15 @@ class DualTokenViT(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.features(x)[-1]).mean((-2, -1)))  # type: ignore[no-any-return]
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.norm(self.features(image)[-1]).mean((-2, -1)))  # type: ignore[no-any-return]
 
 
 class DualTokenViTFeatures(DualTokenViT):
     """DualToken-ViT whose output is the list of its three feature maps; the unused head lets checkpoints load."""
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        return self.features(x)
+    def forward(self, image: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return self.features(image)
 
 
 def build(variant: str, *, num_classes: int = 1000, in_channels: int = 3, features_only: bool = False) -> nn.Module:

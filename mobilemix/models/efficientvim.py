@@ -217,8 +217,8 @@ class EfficientViM(Backbone):
         self.weights_dist = nn.Parameter(torch.ones(len(widths))) if distillation else None
         self.heads_dist = _heads(widths, num_classes) if distillation else None
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        maps, hidden = self.outputs(x)
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        maps, hidden = self.outputs(image)
         sources = [*hidden, maps[-1]]
         pooled = [norm(source).flatten(2).mean(-1) for norm, source in zip(self.norm, sources, strict=True)]
         logits = _fuse(pooled, self.heads, self.weights)
@@ -231,8 +231,8 @@ class EfficientViM(Backbone):
 class EfficientViMFeatures(Backbone):
     """Image to the list of the three stages' feature maps."""
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.outputs(x)[0]
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.outputs(image)[0]
 
 
 def _heads(widths: Iterable[int], num_classes: int) -> nn.ModuleList:

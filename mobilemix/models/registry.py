@@ -171,6 +171,8 @@ def create_model(name: str, *, weights: Path | str | None = None, **options: Any
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     model = build(spec, **{**implied, **options})
+    if options.get("features_only"):  # a classifier's checkpoint serves a dense model, whose head is another
+        state_dict = {key: value for key, value in state_dict.items() if key in model.state_dict()}
     checkpoint.load_weights(model, state_dict, str(path))
     return model
 

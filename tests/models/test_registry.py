@@ -96,3 +96,13 @@ def test_counts_must_be_positive(value: object) -> None:
 def test_the_table_is_readable_without_torch() -> None:
     code = "import sys, mobilemix.models.registry; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_dense_model_takes_a_classifiers_checkpoint(tmp_path: Path) -> None:
+    classifier = registry.create_model("efficientvim_m1", num_classes=3)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    dense = registry.create_model("efficientvim_m1", weights=tmp_path / "classifier.pth", features_only=True)
+    assert torch.equal(dense.patch_embed.conv[0].conv.weight, classifier.patch_embed.conv[0].conv.weight)
+    with pytest.raises(CheckpointError, match="norm0"):  # CAS-ViT's dense form has norms that its classifier has not
+        torch.save(registry.create_model("casvit_xs").state_dict(), tmp_path / "casvit.pth")
+        registry.create_model("casvit_xs", weights=tmp_path / "casvit.pth", features_only=True)
