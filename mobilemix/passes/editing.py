@@ -41,6 +41,8 @@ class Edit:
         """Copy the graph of `program`; tensors are shared."""
         self._program = program
         self.graph = copy.deepcopy(program.graph)
+        for ours, theirs in zip(self.graph.nodes, program.graph.nodes, strict=True):
+            ours.name = theirs.name  # a copy renames what is called like a builtin, such as `input`
         self.changed = False
         self._origin: dict[str, Any] = {}
         self._constants = _constants(program, self.graph)
