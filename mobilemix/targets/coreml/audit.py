@@ -55,9 +55,14 @@ class Audit:
     ranges: tuple[Range, ...]
 
     @property
+    def overflowing(self) -> tuple[Range, ...]:
+        """Those that float16 cannot hold, in execution order."""
+        return tuple(each for each in self.ranges if each.overflows)
+
+    @property
     def largest(self) -> Range:
-        """The one that comes closest to overflow, or is beyond it."""
-        return max(self.ranges, key=lambda each: (each.overflows, each.largest))
+        """The one that comes closest to overflow, if none overflows."""
+        return max(self.ranges, key=lambda each: each.largest)
 
     @property
     def faint(self) -> tuple[Range, ...]:

@@ -130,9 +130,15 @@ def _equivalence_check(equivalence: Equivalence) -> Check:
 
 def _range_check(build: PackageRunner, equivalence: Equivalence, samples: Sequence[Inputs]) -> Check:
     found = audit(build.package, (build.values(sample) for sample in samples), equivalence.in_float16)
+    if found.overflowing:
+        first = found.overflowing[0]
+        return Check(
+            "range audit",
+            False,
+            f"'{first.name}' reaches {first.largest:.3g}, the first of {len(found.overflowing)} values and weights "
+            "beyond float16's 65504",
+        )
     largest, faintest, faint = found.largest, found.faintest, found.faint
-    if largest.overflows:
-        return Check("range audit", False, f"'{largest.name}' reaches {largest.largest:.3g}, beyond float16's 65504")
     return Check(
         "range audit",
         True,
