@@ -212,7 +212,7 @@ def _(call: Call, *args: Any, **kwargs: Any) -> Any:
     return Complex(re, im) if isinstance(re, Real) else [Complex(*pair) for pair in zip(re, im, strict=True)]
 
 
-@rule("to", "_to_copy", "type_as", "view_dtype")
+@rule("to", "_to_copy", "type_as")
 def _(call: Call, x: Real | Complex, *_args: Any, **_kwargs: Any) -> Real | Complex:
     """Complex to complex and real to complex; a cast from complex to real drops the imaginary part, as torch does."""
     parts = [part.cast(call.dtype) for part in (x.parts if isinstance(x, Complex) else (x,))]
