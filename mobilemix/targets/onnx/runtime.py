@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 
 from mobilemix.errors import InputError, TargetError
@@ -48,10 +49,12 @@ class OnnxRunner:
         self._session = self._open(self._model, optimised)
 
     def run(self, inputs: Inputs) -> dict[str, Array]:
-        """Execute; outputs by name, float32."""
-        names = [output.name for output in self._session.get_outputs()]
-        values = self._session.run(names, dict(inputs))
-        return {name: np.asarray(value, np.float32) for name, value in zip(names, values, strict=True)}
+        """Execute; outputs by name, float32.
+
+        Raises:
+            InputError: the inputs' names or shapes are not the model's.
+        """
+        return dict(_execute(self._session, inputs))
 
     def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
         """Every floating-point value that a node computes, in the file's order, before any optimisation."""
@@ -63,8 +66,7 @@ class OnnxRunner:
         names = [name for node in model.graph.node for name in node.output if types.get(name) in _FLOATS]
         del model.graph.output[:]
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-        for name, value in zip(names, self._open(model, optimised=False).run(names, dict(inputs)), strict=True):
-            yield name, value.astype(np.float32)
+        yield from _execute(self._open(model, optimised=False), inputs)
 
     def _open(self, model: onnx.ModelProto, optimised: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -78,6 +80,17 @@ class OnnxRunner:
             raise TargetError(f"ONNX Runtime has no kernel for a node of the model: {first_line(error)}") from error
         except Exception as error:
             raise InputError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+
+
+def _execute(session: ort.InferenceSession, inputs: Inputs) -> Iterator[tuple[str, Array]]:
+    names = [output.name for output in session.get_outputs()]
+    try:
+        values = session.run(names, dict(inputs))
+    except (InvalidArgument, ValueError) as error:
+        wanted = ", ".join(f"{value.name} {tuple(value.shape)}" for value in session.get_inputs())
+        raise InputError(f"the model takes {wanted}: {first_line(error)}") from error
+    for name, value in zip(names, values, strict=True):
+        yield name, np.asarray(value, np.float32)
 
 
 def first_line(error: Exception) -> str:

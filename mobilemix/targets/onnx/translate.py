@@ -129,12 +129,16 @@ def _source_names(program: fx.Graph, translated: fx.Graph) -> dict[str, str]:
     before is put under that name.
     """
     parts = {(str(node.args[0]), node.args[1]): node.name for node in program.nodes if node.target is operator.getitem}
-    origin = {node: node.meta["from_node"][0].name for node in translated.nodes if node.meta.get("from_node")}
+    known = {node.name for node in program.nodes}
+    origin = {
+        node: steps[0].name
+        for node in translated.nodes
+        # The exporter's own insertions come from nodes of the translated graph instead.
+        if (steps := node.meta.get("from_node")) and steps[0].name in known and node.op == "call_function"
+    }
     names: dict[str, str] = {}
     values: dict[str, fx.Node] = {}
     for node, source_name in origin.items():
-        if node.op != "call_function":
-            continue
         names[node.name] = f"{source_name}.{node.name}"
         if (part := (source_name, node.args[1:] and node.args[1])) in parts and node.target is operator.getitem:
             names[node.name] = parts[part]

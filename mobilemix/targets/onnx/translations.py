@@ -18,8 +18,11 @@ aten = torch.ops.aten
 def reshape(x: Any, shape: Sequence[int]) -> Any:
     """Elements in order, in another shape; one size may be −1."""
     known = math.prod(size for size in shape if size != -1)
-    count = math.prod(x.shape)
-    return op.Reshape(x, op.Constant(value_ints=[count // known if size == -1 else size for size in shape]))
+    return _shaped(x, [math.prod(x.shape) // known if size == -1 else size for size in shape])
+
+
+def _shaped(x: Any, shape: Sequence[int]) -> Any:
+    return op.Reshape(x, op.Constant(value_ints=list(shape)))
 
 
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
@@ -89,6 +92,27 @@ def batch_norm(x: Any, weight: Any, bias: Any, mean: Any, variance: Any, *option
     return op.BatchNormalization(x, scale, shift, mean, variance, epsilon=options[2])
 
 
+def group_norm(
+    x: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Any:
+    """Instance norm of the groups, then the affine map of the channels.
+
+    The operator that opset 21 has is spelled out by ONNX Runtime in 27 nodes for these five.
+    """
+    grouped = reshape(x, [x.shape[0], num_groups, -1])
+    ones, zeros = (op.Constant(value=ir.tensor(np.full(num_groups, fill, np.float32))) for fill in (1, 0))
+    result = _shaped(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), x.shape)
+    channels = [x.shape[1], *(1 for _ in x.shape[2:])]
+    if weight is not None:
+        result = op.Mul(result, _shaped(weight, channels))
+    return result if bias is None else op.Add(result, _shaped(bias, channels))
+
+
 def square(x: Any) -> Any:
     """x·x."""
     return op.Mul(x, x)
@@ -117,6 +141,7 @@ TRANSLATIONS: Mapping[Any, Callable[..., Any]] = {
     aten.chunk.default: chunk,
     aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
     aten.batch_norm.default: batch_norm,
+    aten.group_norm.default: group_norm,
     aten.square.default: square,
     aten.rsub.Scalar: rsub,
 }

@@ -12,7 +12,8 @@ from mobilemix.targets.onnx.rewrites import channel_layer_norm, gelu, global_ave
 
 
 def _apply(*rules: Sequence[RewriteRule]) -> Callable[[ir.Model], object]:
-    return RewriteRuleSet([rule for part in rules for rule in part], commute=True).apply_to_model
+    together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
+    return lambda model: together.apply_to_model(model)
 
 
 PASSES: tuple[Callable[[ir.Model], object], ...] = (

@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
-from mobilemix.targets.onnx.rewrites.constants import array
+from mobilemix.targets.onnx.rewrites.constants import array, constant
 
 
-class Normalise(RewriteRuleClassBase):
+class Normalise(RewriteRuleClassBase):  # type: ignore[misc]
     """One kernel for the ten that a norm over channels is written as, at the price of two transpositions.
 
     Before:   d = x − ReduceMean(x);   d · Reciprocal(Sqrt(ReduceMean(d · d) + ε))          (N, C, H, W), over axis 1
@@ -32,17 +32,17 @@ class Normalise(RewriteRuleClassBase):
 
     def rewrite(self, op: Any, x: ir.Value, axes: ir.Value, axes_of_squares: ir.Value, epsilon: ir.Value) -> ir.Value:  # noqa: ARG002, D102
         rank = len(x.shape)
-        axis = array(axes).item() % rank
+        axis = constant(axes).item() % rank
         inward = [*range(axis), *range(axis + 1, rank), axis]
         outward = [inward.index(position) for position in range(rank)]
         scale = op.Constant(value=ir.tensor(np.ones(x.shape[axis], np.float32)))
         last = op.Transpose(x, perm=inward)
-        normalised = op.LayerNormalization(last, scale, axis=-1, epsilon=array(epsilon).item())
+        normalised = op.LayerNormalization(last, scale, axis=-1, epsilon=constant(epsilon).item())
         result: ir.Value = op.Transpose(normalised, perm=outward)
         return result
 
 
-class AbsorbScale(RewriteRuleClassBase):
+class AbsorbScale(RewriteRuleClassBase):  # type: ignore[misc]
     """Multiply the scale of a norm by the constant that multiplies its output.
 
     Before:   LayerNormalization(scale s) → Transpose → · w, with w of (1, C, 1, 1)
@@ -59,13 +59,13 @@ class AbsorbScale(RewriteRuleClassBase):
     def rewrite(  # noqa: D102
         self, op: Any, x: ir.Value, scale: ir.Value, factor: ir.Value, normalised: ir.Value, transposed: ir.Value
     ) -> ir.Value:
-        product = op.Constant(value=ir.tensor(array(scale) * _by_channel(factor, transposed)))
+        product = op.Constant(value=ir.tensor(constant(scale) * _by_channel(factor, transposed)))
         again = op.LayerNormalization(x, product, **normalised.producer().attributes)
         result: ir.Value = op.Transpose(again, **transposed.producer().attributes)
         return result
 
 
-class AbsorbShift(RewriteRuleClassBase):
+class AbsorbShift(RewriteRuleClassBase):  # type: ignore[misc]
     """Give a norm the constant that is added to its output as its bias.
 
     Before:   LayerNormalization(scale s) → Transpose → + b, with b of (1, C, 1, 1)

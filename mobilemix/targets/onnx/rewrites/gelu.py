@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
 
-class Gelu(RewriteRuleClassBase):
+class Gelu(RewriteRuleClassBase):  # type: ignore[misc]
     """Multiply by x before rather than after the half, which is how ONNX Runtime's fusion knows it.
 
     Before, five kernels:   x · (0.5 · (erf(x / √2) + 1))

@@ -8,7 +8,7 @@ from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 from mobilemix.targets.onnx.rewrites.constants import array
 
 
-class GlobalAveragePool(RewriteRuleClassBase):
+class GlobalAveragePool(RewriteRuleClassBase):  # type: ignore[misc]
     """Let the mean over height and width be a pool, which runtimes keep in the layout of the convolutions around it.
 
     Before:   (N, C, H, W) → ReduceMean(axes 2, 3) → (N, C, 1, 1)
@@ -22,7 +22,12 @@ class GlobalAveragePool(RewriteRuleClassBase):
 
     def check(self, context: Any, x: ir.Value, axes: ir.Value) -> bool:  # noqa: ARG002, D102
         over = array(axes)
-        return x.shape is not None and len(x.shape) == 4 and over is not None and {int(axis) % 4 for axis in over} == {2, 3}
+        return (
+            x.shape is not None
+            and len(x.shape) == 4
+            and over is not None
+            and {int(axis) % 4 for axis in over} == {2, 3}
+        )
 
     def rewrite(self, op: Any, x: ir.Value, axes: ir.Value) -> ir.Value:  # noqa: ARG002, D102
         result: ir.Value = op.GlobalAveragePool(x)

@@ -6,12 +6,12 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
-from mobilemix.targets.onnx.rewrites.constants import array
+from mobilemix.targets.onnx.rewrites.constants import array, constant
 
 _PARTS = range(2, 5)
 
 
-class SeparateConvs(RewriteRuleClassBase):
+class SeparateConvs(RewriteRuleClassBase):  # type: ignore[misc]
     """Compute q, k and v apart, because taking them apart afterwards copies them.
 
     Before:   x → Conv(C → 3C) → (N, 3C, H, W) → Split → q, k, v of (N, C, H, W)
@@ -31,24 +31,22 @@ class SeparateConvs(RewriteRuleClassBase):
         whole = op.Conv(x, weight, bias, _outputs=["whole"])
         return op.Split(whole, sizes, axis=1, _outputs=[f"part{index}" for index in range(self._parts)])
 
-    def check(self, context: Any, x: ir.Value, weight: ir.Value, bias: ir.Value, sizes: ir.Value, **bound: ir.Value) -> bool:  # noqa: ARG002, D102
-        grouped = bound["whole"].producer().attributes.get_int("group", 1) != 1
-        return (
-            not grouped
-            and x.shape is not None
-            and len(x.shape) == 4
-            and all(array(value) is not None for value in (weight, bias, sizes))
-        )
+    def check(self, context: Any, x: ir.Value, whole: ir.Value, **bound: ir.Value) -> bool:  # noqa: ARG002, D102
+        sizes = array(bound["sizes"])
+        if sizes is None or sizes.size != self._parts:  # a pattern also matches nodes with fewer outputs
+            return False
+        grouped = whole.producer().attributes.get_int("group", 1) != 1
+        known = all(array(bound[name]) is not None for name in ("weight", "bias"))
+        return not grouped and known and x.shape is not None and len(x.shape) == 4
 
     def rewrite(  # noqa: D102
-        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value, sizes: ir.Value, **bound: ir.Value
+        self, op: Any, x: ir.Value, weight: ir.Value, bias: ir.Value, sizes: ir.Value, whole: ir.Value, **_: ir.Value
     ) -> list[ir.Value]:
-        edges = np.cumsum(array(sizes))[:-1]
-        parts = zip(np.split(array(weight), edges), np.split(array(bias), edges), strict=True)
-        attributes = bound["whole"].producer().attributes
+        edges = np.cumsum(constant(sizes))[:-1]
+        parts = zip(np.split(constant(weight), edges), np.split(constant(bias), edges), strict=True)
+        attributes = whole.producer().attributes
         return [
-            op.Conv(x, *(op.Constant(value=ir.tensor(part.copy())) for part in pair), **attributes)
-            for pair in parts
+            op.Conv(x, *(op.Constant(value=ir.tensor(part.copy())) for part in pair), **attributes) for pair in parts
         ]
 
 
