@@ -175,28 +175,31 @@ def read_package(path: Path) -> Package:
     Raises:
         InputError: not an ML Program package, or a malformed one.
     """
+    try:
+        return _read(path)
+    except InputError as error:
+        reason = "".join(each if each.isprintable() else "?" for each in str(error))
+        raise InputError(f"'{path}' is not a Core ML package that can be read: {reason}") from error
+
+
+def _read(path: Path) -> Package:
     model = _model_file(path)
     spec = Model_pb2.Model()
     try:
         spec.ParseFromString(model.read_bytes())
     except (DecodeError, OSError) as error:
-        raise InputError(f"'{path}' is not a Core ML package: its model cannot be read ({error})") from error
+        raise InputError(f"its model cannot be read ({error})") from error
     if spec.WhichOneof("Type") != "mlProgram":
-        raise InputError(f"'{path}' is not an ML Program; export with convert_to='mlprogram'")
+        raise InputError("it is no ML Program; convert with convert_to='mlprogram'")
     if "main" not in spec.mlProgram.functions:
-        names = ", ".join(sorted(spec.mlProgram.functions)) or "none"
-        raise InputError(f"'{path}' has no function 'main'; it has: {names}")
+        raise InputError(f"no function 'main'; it has: {', '.join(sorted(spec.mlProgram.functions)) or 'none'}")
     function = spec.mlProgram.functions["main"]
     if function.opset not in function.block_specializations:
-        raise InputError(f"'{path}': function 'main' has no block for its operator set '{function.opset}'")
+        raise InputError(f"function 'main' has no block for its operator set '{function.opset}'")
     block = function.block_specializations[function.opset]
-    try:
-        reader = _Reader(model.parent)
-        operations = [reader.operation(proto) for proto in block.operations]
-        inputs = _inputs(spec, function)
-    except InputError as error:
-        raise InputError(f"'{path}': {error}") from error
-    package = Package(path, spec, operations, inputs, tuple(block.outputs), function.opset)
+    reader = _Reader(model.parent)
+    operations = [reader.operation(proto) for proto in block.operations]
+    package = Package(path, spec, operations, _inputs(spec, function), tuple(block.outputs), function.opset)
     _check_names(package)
     return package
 
@@ -206,7 +209,7 @@ def _model_file(path: Path) -> Path:
         manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
         item = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"'{path}' is not a Core ML package: no readable Manifest.json") from error
+        raise InputError("no readable Manifest.json") from error
     return _inside(path / "Data", str(item))
 
 
@@ -252,26 +255,28 @@ def _dtype(code: int, what: str) -> DType:
 
 
 def _check_names(package: Package) -> None:
-    """Every name is defined once, and before it is used."""
+    """Every name can be printed and is defined once, and before it is used; operations compute the outputs."""
     defined = set(package.inputs)
     computed = set()
     for operation in package.operations:
+        what = f"{operation.type} '{operation.name}'"
         for parameter, argument in operation.inputs.items():
             for bound in argument:
                 if isinstance(bound, str) and bound not in defined:
-                    raise InputError(
-                        f"'{package.path}': {operation.type} '{operation.name}' reads '{bound}' ({parameter}), "
-                        "which nothing before it defines"
-                    )
+                    raise InputError(f"{what} reads '{bound}' ({parameter}), which nothing before it defines")
         for output in operation.outputs:
             if output.name in defined:
-                raise InputError(f"'{package.path}': '{output.name}' is defined twice")
+                raise InputError(f"'{output.name}' is defined twice")
             defined.add(output.name)
             if operation.type != "const":
                 computed.add(output.name)
+        if not all(map(str.isprintable, (what, *operation.inputs))):
+            raise InputError(f"unprintable characters in a name of {what}")
+    if not all(map(str.isprintable, defined)):
+        raise InputError("unprintable characters in a name")
     for name in package.outputs:
         if name not in computed:
-            raise InputError(f"'{package.path}': no operation computes the output '{name}'")
+            raise InputError(f"no operation computes the output '{name}'")
 
 
 class _Reader:
@@ -285,7 +290,7 @@ class _Reader:
         named = "name" in proto.attributes
         name = "".join(proto.attributes["name"].immediateValue.tensor.strings.values) if named else ""
         what = f"{proto.type} '{name}'"
-        return Operation(
+        operation = Operation(
             type=proto.type,
             name=name,
             inputs={key: self.argument(value, f"{what}, {key}") for key, value in proto.inputs.items()},
@@ -295,6 +300,9 @@ class _Reader:
             },
             blocks=len(proto.blocks),
         )
+        if proto.type == "const":
+            _check_constant(operation, what)
+        return operation
 
     def argument(self, proto: MIL_pb2.Argument, what: str) -> Argument:
         if not proto.arguments:
@@ -355,6 +363,14 @@ class _Reader:
             except (OSError, ValueError) as error:
                 raise InputError(f"the weight file '{name}' cannot be read ({error})") from error
         return self.files[name]
+
+
+def _check_constant(operation: Operation, what: str) -> None:
+    if "val" not in operation.attributes or len(operation.outputs) != 1:
+        raise InputError(f"{what} has no value or not one output")
+    value, declared = operation.attributes["val"], operation.outputs[0]
+    if (declared.dtype, declared.shape) not in ((value.dtype, value.shape), ("listType", ())):
+        raise InputError(f"{what} is declared {declared.dtype} {declared.shape}, not {value.dtype} {value.shape}")
 
 
 def _immediate(proto: MIL_pb2.TensorValue, dtype: DType, count: int, what: str) -> np.ndarray:

@@ -231,10 +231,11 @@ def _first(spec: Model_pb2.Model, kind: str) -> MIL_pb2.Operation:
     [
         (_drop_main, "no function 'main'; it has: other"),
         (lambda spec: spec.mlProgram.functions.clear(), "it has: none"),
-        (lambda spec: spec.neuralNetwork.SetInParent(), "not an ML Program"),
+        (lambda spec: spec.neuralNetwork.SetInParent(), "no ML Program"),
         (lambda spec: setattr(spec.mlProgram.functions["main"], "opset", "CoreML99"), "no block .* 'CoreML99'"),
         (lambda spec: operations(spec).pop(0), "which nothing before it defines"),
         (lambda spec: operations(spec).append(operations(spec)[0]), "defined twice"),
+        (lambda spec: setattr(operations(spec)[0].outputs[0], "name", "a\nb"), "nothing before it|unprintable"),
         (lambda spec: operations(spec).pop(), "no operation computes the output"),
         (lambda spec: _first(spec, "conv").inputs["x"].ClearField("arguments"), "nothing is bound"),
         (
@@ -242,6 +243,11 @@ def _first(spec: Model_pb2.Model, kind: str) -> MIL_pb2.Operation:
             "unknown data type 13",
         ),
         (lambda spec: setattr(_first(spec, "conv").outputs[0].type.tensorType, "rank", 3), "rank 3 and 4 sizes"),
+        (lambda spec: _first(spec, "const").attributes.pop("val"), "has no value"),
+        (
+            lambda spec: setattr(_first(spec, "const").outputs[0].type.tensorType, "dataType", MIL_pb2.FLOAT16),
+            "is declared fp16",
+        ),
         (
             lambda spec: _first(spec, "const").attributes["val"].immediateValue.tensor.floats.values.append(1),
             "floats given for string|values for a shape",
