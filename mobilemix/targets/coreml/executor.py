@@ -27,7 +27,7 @@ class Executor:
 
     Floats are computed in float32 whatever the program declares. `rounding` says what happens between operations:
     "none" leaves them so; "fp16" rounds each output that the program declares fp16 to the nearest float16 (infinite
-    from 65520 on) while sums inside one operation stay in float32, which is the best that Core ML's devices do.
+    from 65520 on) while one operation computes in float32 inside, as units with wide accumulators do.
 
     Raises:
         UnsupportedOpError: the program has operations without a rule.

@@ -126,7 +126,7 @@ def test_reads_every_type_that_the_writer_writes(name: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(constant.array, values)
 
 
-def test_reads_a_package_that_is_no_folder(tmp_path: Path) -> None:
+def test_refuses_what_is_no_package(tmp_path: Path) -> None:
     (tmp_path / "file.mlpackage").write_bytes(b"PK")
     for name in ("file.mlpackage", "absent.mlpackage"):
         with pytest.raises(InputError, match=r"Manifest\.json"):
