@@ -60,6 +60,20 @@ def test_every_shape_is_known(backbone_file: Path) -> None:
     assert {name for node in graph.node for name in node.output} <= known
 
 
+def test_values_that_fusions_change_lose_their_names(compiled: Compile) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.factor = nn.Conv2d(2, 3, 1), nn.Parameter(torch.rand(3, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.conv(x) * self.factor).relu()
+
+    path = compiled(Scaled(), torch.randn(1, 2, 4, 4))
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["Conv", "Relu"]
+    assert [node.output[0] for node in onnx.load(path).graph.node] == ["conv2d.folded", "logits"]
+
+
 def test_nothing_of_this_machine_is_in_the_file(backbone_file: Path) -> None:
     content = backbone_file.read_bytes()
     for trace in (str(Path.home()), str(Path(__file__).parent), str(Path(torch.__file__).parent), ".py", "pkg."):
