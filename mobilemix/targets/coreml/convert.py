@@ -24,10 +24,7 @@ from typing import Any
 
 import coremltools as ct
 import numpy as np
-from coremltools.converters.mil import Builder as mb  # noqa: N813, its name everywhere
-from coremltools.converters.mil.mil import Block, Program
-from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
-from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+from coremltools.converters.mil.mil import Program
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
@@ -36,7 +33,8 @@ from mobilemix.files import sha256
 from mobilemix.passes.base import source
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
-from mobilemix.targets.coreml.image_input import take_unscaled
+from mobilemix.targets.coreml.interface import distinct_outputs, take_unscaled
+from mobilemix.targets.coreml.mil_passes import PROBABILITIES, pass_pipeline
 
 LABEL_OUTPUT = "classLabel"
 """Output of a classifier package: the best class. Core ML adds `classLabel_probs`, a dictionary of all classes."""
@@ -44,7 +42,6 @@ LABEL_OUTPUT = "classLabel"
 NORMALISATION_KEY = "mobilemix.normalisation"
 """User-defined metadata of an image package: JSON with the `mean` and `std` that are folded into it."""
 
-_PROBABILITIES = "probabilities"
 _CHANNEL_LAYOUTS = {1: ct.colorlayout.GRAYSCALE, 3: ct.colorlayout.RGB}
 _SPECIFICATION_PATH = Path("Data/com.apple.CoreML/model.mlmodel")
 _WEIGHTS_PATH = Path("Data/com.apple.CoreML/weights")
@@ -74,11 +71,6 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
             for name, shape in zip(lowered.input_names, shapes, strict=True)
         ]
     classifier = _classifier(lowered, program)
-    pipeline = ct.PassPipeline()
-    # The casts to fp16 are named after operations, which until then have to be distinct.
-    pipeline.insert_pass(pipeline.passes.index("common::dedup_op_and_var_names"), "mobilemix::name_operations")
-    if classifier is not None:
-        pipeline.append_pass("mobilemix::append_softmax")
     precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.precision.FLOAT16
     with (
         tempfile.TemporaryDirectory(dir=destination.parent) as folder,
@@ -93,7 +85,7 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
             classifier_config=classifier,
             minimum_deployment_target=ct.target[f"iOS{recipe.minimum_ios}"],
             compute_precision=precision,
-            pass_pipeline=pipeline,
+            pass_pipeline=pass_pipeline(classifier is not None),
             skip_model_load=True,
             package_dir=str(Path(folder, "model.mlpackage")),
         )
@@ -129,7 +121,7 @@ def _decomposed(program: ExportedProgram, std: tuple[float, ...] | None) -> Expo
     """In the dialect that coremltools reads; kept because verification converts the same program in float32."""
     if std is not None:
         program = take_unscaled(program, std)
-    decomposed: ExportedProgram = program.run_decompositions({})
+    decomposed: ExportedProgram = distinct_outputs(program).run_decompositions({})
     _restore_names(decomposed)
     return decomposed
 
@@ -185,38 +177,8 @@ def _classifier(lowered: Lowered, program: ExportedProgram) -> ct.ClassifierConf
     if logits != (1, len(lowered.labels)):
         return None
     return ct.ClassifierConfig(
-        list(lowered.labels), predicted_feature_name=LABEL_OUTPUT, predicted_probabilities_output=_PROBABILITIES
+        list(lowered.labels), predicted_feature_name=LABEL_OUTPUT, predicted_probabilities_output=PROBABILITIES
     )
-
-
-@register_pass(namespace="mobilemix")
-class name_operations(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801, the name is the pass's
-    """Name operations after their outputs, because some of coremltools' rules name only the latter after the node."""
-
-    def apply(self, prog: Any) -> None:
-        """Rename in place."""
-        for operation in prog.functions["main"].operations:
-            if operation.op_type != "const" and len(operation.outputs) == 1:
-                operation.name = operation.outputs[0].name
-
-
-@register_pass(namespace="mobilemix")
-class append_softmax(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801, the name is the pass's
-    """Give a classifier a last output, `probabilities`: the softmax of its first output, in float32.
-
-    It comes after the fp16 casts, so that the small probabilities of many classes are not flushed to zero.
-    """
-
-    def apply(self, prog: Any) -> None:
-        """Extend `prog` in place."""
-        main = prog.functions["main"]
-        logits = main.outputs[0]
-        with main:
-            probabilities = mb.softmax(x=logits, axis=-1, name=_PROBABILITIES)
-        Block._copy_scope_info(logits, probabilities)
-        main.set_outputs([*main.outputs, probabilities])
-        # `classify` puts two outputs in the place of this one, and coremltools then indexes the list by position.
-        main.set_output_types([*main.output_types, *[ct.TensorType(dtype=np.float32)] * 2])
 
 
 def _shape(program: ExportedProgram, name: str) -> tuple[int, ...]:

@@ -3,8 +3,8 @@
 An end-to-end tolerance for float16 hides real faults: the tanh form of GELU, a swapped split or a flipped weight bit
 stay below the rounding of every value. So the two programs are compared as graphs, from the outputs back to the inputs
 (the order of independent operations does not matter): the same operators, the same wiring, the same parameters, and
-every constant exactly the rounded one, bit for bit. All that may differ is casts between float16 and float32, and
-between widths of integers.
+every constant exactly the rounded one, bit for bit. All that may differ is casts between float16 and float32, casts
+between widths of integers, and multiplications by one.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 class _Graph:
-    """A package's values by name, with casts between widths of one kind seen through."""
+    """A package's values by name; what changes nothing is seen through."""
 
     def __init__(self, package: Package) -> None:
         self.inputs = package.inputs
@@ -76,13 +76,16 @@ class _Graph:
             operation, _ = self.producers[bound]
             if operation.type == "const":
                 return operation.attributes["val"]
-            if not self.is_width_cast(operation):
+            if not self.changes_nothing(operation):
                 return bound
             (bound,) = operation.inputs["x"]
         return bound
 
-    def is_width_cast(self, operation: Operation) -> bool:
-        """Whether an operation is a cast within floating point or within the integers."""
+    def changes_nothing(self, operation: Operation) -> bool:
+        """Whether an operation is a cast within floating point or within the integers, or a multiplication by one."""
+        if operation.type == "mul":
+            factor = self.resolve(operation.inputs["y"][0])
+            return isinstance(factor, Constant) and factor.shape == () and factor.array.item() == 1
         if operation.type != "cast":
             return False
         kind = _KINDS.get(self.dtype(operation.inputs["x"][0]))
@@ -197,7 +200,7 @@ class _Walk:
             [
                 operation
                 for operation in package.operations
-                if operation.type != "const" and id(operation) not in matched and not graph.is_width_cast(operation)
+                if operation.type != "const" and id(operation) not in matched and not graph.changes_nothing(operation)
             ]
             for package, graph, matched in zip(self.packages, (self.fp32, self.fp16), reached, strict=True)
         ]

@@ -14,8 +14,9 @@ from mobilemix.errors import InputError, TargetError, UnsupportedOpError
 from mobilemix.files import sha256
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Lowered
+from mobilemix.targets.coreml import CoreMLTarget
 from mobilemix.targets.coreml.convert import convert
-from mobilemix.targets.coreml.image_input import take_unscaled
+from mobilemix.targets.coreml.interface import take_unscaled
 from mobilemix.targets.coreml.package import Package, read_package
 from mobilemix.targets.coreml.target import PackageRunner
 
@@ -255,3 +256,22 @@ def test_a_refusal_is_one_line_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"^Core ML refuses .*test_convert\.py:\d+") as caught:
         convert(lowered(RankSix()), FP16, tmp_path / "rank.mlpackage")
     assert "\n" not in str(caught.value)
+
+
+class Passed(nn.Module):
+    """Outputs that Core ML could not tell apart: an input, and a value twice."""
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        value = image.sigmoid()
+        return image, value, value
+
+
+@pytest.mark.parametrize("recipe", [FP16, FP32])
+def test_an_input_or_a_value_twice_as_outputs(recipe: Recipe, tmp_path: Path) -> None:
+    model = lowered(Passed(), output_names=("one", "two", "three"))
+    path = tmp_path / "passed.mlpackage"
+    convert(model, recipe, path)
+    values = PackageRunner(read_package(path)).run(samples()[0])
+    assert parity.relative_l2(values["one"], samples()[0]["image"]) < FP16_TOLERANCE
+    np.testing.assert_array_equal(values["two"], values["three"])
+    assert all(check.passed is not False for check in CoreMLTarget().checks(model, recipe, path, samples()))

@@ -1,4 +1,4 @@
-"""Normalisation folded into the program, for packages that take pixels.
+"""What Core ML asks of a program's ends: pixels in, and outputs that can be named.
 
 Core ML's image preprocessing is one scale for all channels and one bias per channel, so x = (p / 255 − mean) / std is
 split in two. Core ML computes u = p / 255 − mean, and the program is made to take u instead of x, by `take_unscaled`.
@@ -51,3 +51,23 @@ def _weight(consumers: list[fx.Node]) -> fx.Node | None:
     values = arguments(consumers[0])
     weight: fx.Node = values["weight"]
     return weight if values["groups"] == 1 else None
+
+
+def distinct_outputs(program: ExportedProgram) -> ExportedProgram:
+    """`program` with a copy where an output is an input or another output, which Core ML cannot name twice.
+
+    before   x → output 0, output 1
+    after    x → output 0;  x → mul(1) → output 1
+    """
+    edit = Edit(program)
+    output = edit.graph.output_node()
+    seen = set(edit.graph.find_nodes(op="placeholder"))
+    values: list[object] = []
+    with edit.at(output):
+        for value in output.args[0]:
+            values.append(edit.emit(aten.mul.Tensor, value, 1.0) if value in seen else value)
+            seen.add(value)
+    if values != list(output.args[0]):
+        output.args = (tuple(values),)
+        edit.changed = True
+    return edit.finish().program
