@@ -60,7 +60,7 @@ class Check:
 
     Attributes:
         name: of the step.
-        passed: whether it held; None if it could not run on this machine.
+        passed: whether it held; None if it could not run.
         detail: what it found, or why it was not run.
     """
 
