@@ -2,6 +2,7 @@
 
 import copy
 import traceback
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,28 +44,65 @@ def capture(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
 
 
 def _functionalise(graph: fx.Graph) -> bool:
-    """Replace x.op_() by op(x) where nothing else shares x's memory; False if an operator that writes is left.
+    """Replace operators that write into a tensor, or a slice of it, by ones that return a new one.
 
-    `run_decompositions` does this for any program, but takes batch norm and others apart, so it is the second choice.
+    False if one is left: what it writes may be read through another view. `run_decompositions` handles any program, but
+    takes batch norm and others apart, so it is the second choice.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             continue
-        packet, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
-        functional = getattr(getattr(aten, packet.removesuffix("_"), None), overload, None)
-        written = node.args[0] if node.args else None
-        if functional is None or not packet.endswith("_") or not isinstance(written, fx.Node):
+        functional = _functional(node.target)
+        base, views = node.args[0], []
+        while isinstance(base, fx.Node) and base.target in _SCATTERS:
+            views.append(base)
+            base = base.args[0]
+        if functional is None or not isinstance(base, fx.Node) or base.op != "call_function" or _aliases(base):
             return False
-        if written.op != "call_function" or any(
-            _aliases(other) for other in (written, *written.users) if other is not node
-        ):
+        seen_again = [
+            view for view in _views(base) if order[view] < order[node] and _last_use(view, order) > order[node]
+        ]
+        if seen_again or (views and any(_writes(user) for user in node.users)):
             return False
         node.target = functional
-        for user in list(written.users):
+        whole = node
+        for view in views:
+            with graph.inserting_after(whole):
+                whole = graph.call_function(_SCATTERS[view.target], (view.args[0], whole, *view.args[1:]), view.kwargs)
+            whole.meta = {**node.meta, "val": view.args[0].meta["val"]}  # type: ignore[union-attr]
+            order[whole] = order[node]
+        for user in list(base.users):
             if order[user] > order[node]:
-                user.replace_input_with(written, node)
+                user.replace_input_with(base, whole)
     return True
+
+
+_SCATTERS: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
+
+
+def _functional(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """aten.add for aten.add_, and so on; None where there is none."""
+    name = op._opname
+    packet = getattr(aten, name[:-1], None) if op.namespace == "aten" and name.endswith("_") else None
+    return getattr(packet, op._overloadname, None)
+
+
+def _views(node: fx.Node) -> list[fx.Node]:
+    """What may share memory with `node`, directly or through others, besides itself."""
+    direct = [user for user in node.users if user.op == "call_function" and _aliases(user)]
+    return direct + [view for user in direct for view in _views(user)]
+
+
+def _last_use(node: fx.Node, order: dict[fx.Node, int]) -> int:
+    return max((order[user] for user in node.users), default=-1)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _aliases(node: fx.Node) -> bool:

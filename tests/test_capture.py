@@ -1,9 +1,11 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from passes_checks import operators
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from mobilemix.capture import capture
 from mobilemix.errors import CaptureError
@@ -44,26 +46,54 @@ def test_the_module_is_left_as_it_is() -> None:
 
 
 class InPlace(nn.Module):
-    def __init__(self, shared: bool):
+    """Writes into an activation."""
+
+    def __init__(self, write: Callable[[Tensor], object]):
         super().__init__()
-        self.shared, self.norm = shared, nn.BatchNorm2d(3)
+        self.write, self.norm = write, nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nn.functional.relu(self.norm(x), inplace=True)
         y += 1
-        if self.shared:
-            y[:, 0] = 0
-        return y
+        self.write(y)
+        return y * 3
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_writing_operators_become_functional(shared: bool) -> None:
-    module, x = InPlace(shared), torch.randn(2, 3, 4, 4)
+PLACES: dict[str, Callable[[Tensor], object]] = {
+    "everything": lambda y: y.mul_(2).add_(1),
+    "a slice": lambda y: y[:, 1:].mul_(2),
+    "slices of slices": lambda y: y[:, 1:, ::2, 0].copy_(torch.arange(2.0)),
+    "twice": lambda y: (y[:, 0].zero_(), y[:, :2].add_(3)),
+    "a slice of it in another": lambda y: y[:, 0].copy_(y[:, 1].clone()),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_writing_operators_become_functional(place: str) -> None:
+    module, x = InPlace(PLACES[place]), torch.randn(2, 3, 4, 4)
     program = capture(module, (x,))
-    targets = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    assert not [target for target in targets if target._schema.is_mutable]
+    assert not [target for target in _targets(program) if target._schema.is_mutable]
     assert torch.equal(program.module()(x), module.eval()(x))
-    assert ("batch_norm" in operators(program)) is not shared, "only shared memory needs torch's decomposition"
+    assert operators(program)["batch_norm"] == 1, "torch's decomposition is not needed"
+
+
+SHARED: dict[str, Callable[[Tensor], object]] = {
+    "a view that is read later": lambda y: [view := y[:, 0], y.mul_(2), y.add_(view.unsqueeze(1) * 1)],
+    "a view that is written twice": lambda y: y[:, 0].mul_(2).add_(1),
+    "another kind of view": lambda y: y.flatten().mul_(2),
+}
+
+
+@pytest.mark.parametrize("place", SHARED)
+def test_shared_memory_is_left_to_torch(place: str) -> None:
+    module, x = InPlace(SHARED[place]), torch.randn(2, 3, 4, 4)
+    program = capture(module, (x,))
+    assert not [target for target in _targets(program) if target._schema.is_mutable]
+    assert torch.allclose(program.module()(x), module.eval()(x))
+
+
+def _targets(program: ExportedProgram) -> list[torch._ops.OpOverload]:
+    return [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
 
 
 class Failing(nn.Module):
@@ -99,7 +129,10 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Failing(), r"RuntimeError: shape '\[7, -1\]' is invalid .*\(at .*test_capture\.py:\d+ \(return x\.reshape\(7, -1\)\)\)"),
+        (
+            Failing(),
+            r"RuntimeError: shape '\[7, -1\]' is invalid .*\(at .*capture\.py:\d+ \(return x\.reshape\(7, -1\)\)\)",
+        ),
         (Branching(), r"torch\.export could not capture the model: .*test_capture\.py:\d+"),
         (Random(), r"aten\.rand_like\.default at .*test_capture\.py:\d+ .* draws random numbers"),
         (AlwaysDropping(), r"aten\.dropout\.default at .*test_capture\.py:\d+ .* training mode"),

@@ -9,11 +9,13 @@ from mobilemix.passes.complex_to_real import ComplexToReal
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
 from mobilemix.passes.fold_constants import FoldConstants
 from mobilemix.passes.lower_einsum import LowerEinsum
+from mobilemix.passes.lower_scatter import LowerScatter
 from mobilemix.passes.lower_softshrink import LowerSoftshrink
 from mobilemix.passes.merge_linear import MergeLinear
 from mobilemix.passes.merge_reshapes import MergeReshapes
 from mobilemix.passes.merge_slices import MergeSlices
 from mobilemix.passes.remove_no_ops import RemoveNoOps
+from mobilemix.passes.unstack import Unstack
 
 __all__ = ["PASSES", "Pass", "PassError", "PassResult", "lower"]
 
@@ -25,9 +27,11 @@ PASSES: tuple[Pass, ...] = (
     FoldBatchNorm(),
     # After the constants, which it splits into real and imaginary parts.
     ComplexToReal(),
-    # For the products of complex tensors that it leaves, besides the model's own.
+    # For the stacks, assignments and products of complex tensors that it leaves, besides the model's own.
+    Unstack(),
+    LowerScatter(),
     LowerEinsum(),
-    # Again: the two passes above compute with weights, and leave copies of what was a view.
+    # Again: the passes above compute with weights, and leave copies of what was a view.
     RemoveNoOps(),
     MergeReshapes(),
     FoldConstants(),

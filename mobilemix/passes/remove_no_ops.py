@@ -16,7 +16,7 @@ _CHECKS = {"_assert_tensor_metadata"}
 
 
 class RemoveNoOps(Pass):
-    """Drop copies, dropout in evaluation mode, casts and reshapes to what is there already, and checks of metadata.
+    """Drop copies, dropout in evaluation mode, casts and reshapes to what is there already, checks, and dead code.
 
         before:  x (N, C) → dropout (p, train=False) → contiguous → view (N, C) → y
         after:   y = x
@@ -36,9 +36,11 @@ class RemoveNoOps(Pass):
                 edit.erase(node)
             elif _is_no_op(node):
                 edit.replace(node, node.all_input_nodes[0])
+                edit.erase(node)  # torch takes dropout for a side effect, which it would keep
             elif node.target in (aten.view.default, aten._unsafe_view.default):
                 with edit.at(node):
                     edit.replace(node, edit.emit(aten.reshape.default, *node.args))
+        edit.changed |= edit.graph.eliminate_dead_code()
         return edit.finish()
 
 

@@ -75,7 +75,9 @@ def transforms_of_axes(draw: st.DrawFn) -> tuple[Callable[[Tensor], Tensor], tup
     axes = draw(st.none() | st.just(tuple(axes)))
     sizes = draw(st.none() | st.just(tuple(draw(st.integers(2, 9)) for _ in (axes or shape))))
     norm = draw(NORMS)
-    there, back = draw(st.sampled_from([("fftn", "ifftn"), ("rfftn", "irfftn"), ("ifftn", "hfftn"), ("ihfftn", "hfftn")]))
+    there, back = draw(
+        st.sampled_from([("fftn", "ifftn"), ("rfftn", "irfftn"), ("ifftn", "hfftn"), ("ihfftn", "hfftn")])
+    )
 
     def run(x: Tensor) -> Tensor:
         z = getattr(torch.fft, there)(x, s=sizes, dim=axes, norm=norm)
@@ -211,7 +213,9 @@ def test_a_real_program_is_left_alone() -> None:
 
 def test_an_operator_without_a_rule_is_named_with_its_place() -> None:
     program = capture(Function(lambda x: torch.linalg.svdvals(torch.fft.fft(x))), (signal(4, 4),))
-    with pytest.raises(UnsupportedOpError, match=r"aten\.\w*svd\S* on complex tensors at .*test_complex_to_real\.py:\d+"):
+    with pytest.raises(
+        UnsupportedOpError, match=r"aten\.\w*svd\S* on complex tensors at .*test_complex_to_real\.py:\d+"
+    ):
         ComplexToReal()(program)
 
 

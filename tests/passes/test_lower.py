@@ -1,0 +1,185 @@
+"""All passes together, on whole blocks that mix tokens with Fourier transforms, and on every backbone."""
+
+import pytest
+import torch
+from passes_checks import TOLERANCE, assert_real, operators, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobilemix.capture import capture
+from mobilemix.models import registry
+from mobilemix.passes import PASSES, lower
+
+SMALLEST = ("affnet_et", "casvit_xs", "efficientvim_m1", "dualtoken_vit_tiny")
+SMALL_INPUT = 64
+BACKBONE_TOLERANCE = 1e-5
+"""Deep networks with new weights amplify rounding; eager float32 is no closer to float64."""
+
+
+class AFNO(nn.Module):
+    """Adaptive Fourier neural operator (arXiv 2111.13587, section 4): a complex MLP on some frequencies."""
+
+    def __init__(self, channels: int, blocks: int, kept: float):
+        super().__init__()
+        self.blocks, self.size, self.kept = blocks, channels // blocks, kept
+        self.w1 = nn.Parameter(0.2 * torch.randn(2, blocks, self.size, 2 * self.size))
+        self.b1 = nn.Parameter(0.2 * torch.randn(2, blocks, 2 * self.size))
+        self.w2 = nn.Parameter(0.2 * torch.randn(2, blocks, 2 * self.size, self.size))
+        self.b2 = nn.Parameter(0.2 * torch.randn(2, blocks, self.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, _ = x.shape
+        z = torch.fft.rfft2(x, dim=(1, 2), norm="ortho").reshape(batch, height, width // 2 + 1, self.blocks, self.size)
+        modes = int((height // 2 + 1) * self.kept)
+        rows = slice(height // 2 + 1 - modes, height // 2 + 1 + modes)
+        kept = z[:, rows, :modes]
+        out_re, out_im = torch.zeros(z.shape), torch.zeros(z.shape)
+
+        def layer(re: Tensor, im: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            mix = lambda part, weight: torch.einsum("...bi,bio->...bo", part, weight)  # noqa: E731
+            return mix(re, w[0]) - mix(im, w[1]) + b[0], mix(im, w[0]) + mix(re, w[1]) + b[1]
+
+        re, im = (F.relu(part) for part in layer(kept.real, kept.imag, self.w1, self.b1))
+        out_re[:, rows, :modes], out_im[:, rows, :modes] = layer(re, im, self.w2, self.b2)
+        y = torch.view_as_complex(F.softshrink(torch.stack((out_re, out_im), -1), 0.01))
+        return x + torch.fft.irfft2(y.flatten(3), s=(height, width), dim=(1, 2), norm="ortho")
+
+
+class GFNet(nn.Module):
+    """Global filter layer (arXiv 2107.00645, section 3.2) on tokens (B, N, C), between norm and MLP."""
+
+    def __init__(self, channels: int, height: int, width: int):
+        super().__init__()
+        self.size = (height, width)
+        self.norm, self.mlp = nn.LayerNorm(channels), nn.Linear(channels, channels)
+        self.filter = nn.Parameter(0.02 * torch.randn(height, width // 2 + 1, channels, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(x).view(x.shape[0], *self.size, -1)
+        z = torch.fft.rfft2(z, dim=(1, 2), norm="ortho") * torch.view_as_complex(self.filter)
+        z = torch.fft.irfft2(z, s=self.size, dim=(1, 2), norm="ortho").reshape(x.shape)
+        return x + self.mlp(z)
+
+
+class FNet(nn.Module):
+    """Fourier sublayer (arXiv 2105.03824, equation 3): the real part of a transform over tokens and channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+
+
+class SpectralConvolution(nn.Module):
+    """Fourier layer of FNO (arXiv 2010.08895, section 4): a complex matrix for each of the lowest modes."""
+
+    def __init__(self, channels: int, modes: int):
+        super().__init__()
+        self.modes, self.pointwise = modes, nn.Conv2d(channels, channels, 1)
+        self.weights = nn.Parameter(0.2 * torch.randn(2, channels, channels, modes, modes, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, m = torch.fft.rfft2(x), self.modes
+        out = torch.zeros_like(z)
+        out[:, :, :m, :m] = torch.einsum("bixy,ioxy->boxy", z[:, :, :m, :m], self.weights[0])
+        out[:, :, -m:, :m] = torch.einsum("bixy,ioxy->boxy", z[:, :, -m:, :m], self.weights[1])
+        return F.gelu(torch.fft.irfft2(out, s=x.shape[-2:]) + self.pointwise(x))
+
+
+class LongConvolution(nn.Module):
+    """Convolution as long as the sequence, by FFT (Hyena, arXiv 2302.10866, appendix A)."""
+
+    def __init__(self, channels: int, length: int):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(channels, length) / length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = 2 * x.shape[-1]
+        spectrum = torch.fft.rfft(self.kernel, n=n) * torch.fft.rfft(x, n=n)
+        return torch.fft.irfft(spectrum, n=n)[..., : x.shape[-1]]
+
+
+BLOCKS = {
+    "AFNO": (AFNO(8, 2, 0.5), (2, 8, 10, 8)),
+    "AFNO, all frequencies": (AFNO(8, 2, 1.0), (1, 6, 6, 8)),
+    "GFNet": (GFNet(6, 7, 5), (2, 35, 6)),
+    "FNet": (FNet(), (2, 12, 10)),
+    "FNO": (SpectralConvolution(4, 3), (2, 4, 9, 10)),
+    "long convolution": (LongConvolution(3, 20), (2, 3, 20)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name: str) -> None:
+    module, shape = BLOCKS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    program, passes = lower(capture(module, (x,)))
+    assert "complex_to_real" in passes
+    assert_real(program)
+    assert relative_error(program, module, x) < TOLERANCE
+    assert not {"slice_scatter", "select_scatter", "copy", "einsum", "softshrink"} & set(operators(program))
+    ranks = [node.meta["val"].dim() for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert max(ranks) <= 5, "Core ML has no more"
+
+
+def test_a_static_spectrum_is_computed_beforehand() -> None:
+    module, shape = BLOCKS["long convolution"]
+    program, _ = lower(capture(module, (torch.randn(shape),)))
+    found = operators(program)
+    assert found["mm"] + found["matmul"] == 2, "one for the input's transform, one for the way back"
+
+
+def test_the_frequency_filter_of_affnet_is_two_convolutions() -> None:
+    model = registry.build(registry.find("affnet_et"))
+    block = model.layer_4[1].global_rep[0].filter  # type: ignore[union-attr,index]
+    x = torch.randn(1, 104, 16, 16, generator=torch.Generator().manual_seed(0))
+    program, _ = lower(capture(block, (x,)))
+    assert_real(program)
+    assert relative_error(program, block, x) < TOLERANCE
+    found = operators(program)
+    assert (found["conv2d"], found["mm"] + found["matmul"], found["einsum"]) == (2, 4, 0)
+
+
+def test_passes_are_named_in_order_and_each_once() -> None:
+    said: list[str] = []
+    module, shape = BLOCKS["AFNO"]
+    _, modified = lower(capture(module, (torch.randn(shape),)), said.append)
+    assert said == [step.name for step in PASSES]
+    assert len(set(modified)) == len(modified)
+    assert list(modified) == sorted(modified, key=said.index)
+
+
+def test_a_lowered_program_has_nothing_left_to_lower() -> None:
+    module, shape = BLOCKS["GFNet"]
+    program, _ = lower(capture(module, (torch.randn(shape),)))
+    again, modified = lower(program)
+    assert again is program
+    assert modified == ()
+
+
+def _check_backbone(name: str, size: int, **options: bool) -> None:
+    model = registry.build(registry.find(name), **options)
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    program, _ = lower(capture(model, (x,)))
+    assert_real(program)
+    found = operators(program)
+    assert not {"softshrink", "einsum", "dropout"} & set(found)
+    assert relative_error(program, model, x) < BACKBONE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_smallest_backbones(name: str) -> None:
+    _check_backbone(name, SMALL_INPUT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", registry.list_models())
+def test_every_backbone(name: str) -> None:
+    _check_backbone(name, registry.find(name).input_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["distillation", "features_only"])
+@pytest.mark.parametrize("name", SMALLEST)
+def test_other_forms(name: str, option: str) -> None:
+    if option == "distillation" and not name.startswith(("casvit", "efficientvim")):
+        pytest.skip("has no such form")
+    _check_backbone(name, registry.find(name).input_size, **{option: True})
