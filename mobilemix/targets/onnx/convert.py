@@ -18,6 +18,7 @@ from mobilemix.errors import TargetError
 from mobilemix.parity import relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
+from mobilemix.targets.onnx.half import halve
 from mobilemix.targets.onnx.rewrites import rewrite
 from mobilemix.targets.onnx.runtime import OnnxRunner, first_line, read_model
 from mobilemix.targets.onnx.translate import translate
@@ -50,6 +51,8 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         _tidy(draft, tidied)
         misnamed = _compare(draft, tidied)
         model = ir.load(tidied)
+        if recipe.precision == "fp16":
+            halve(model)
         _finish(model, misnamed, translation.modules, lowered, recipe.opset)
         save(model, final)
         check(final)

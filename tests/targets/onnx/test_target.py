@@ -9,7 +9,7 @@ from torch import nn
 
 from mobilemix.recipe import Recipe
 from mobilemix.targets import find_target
-from mobilemix.targets.onnx import OnnxTarget
+from mobilemix.targets.onnx import OnnxTarget, checks
 
 RECIPE = Recipe(target="onnx")
 
@@ -51,7 +51,7 @@ def test_foreign_operators_fail_a_check(backbone: Path) -> None:
 
 
 def test_file_that_optimisation_changes_fails_a_check(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilemix.targets.onnx.OPTIMISATION_TOLERANCE", 0.0)
+    monkeypatch.setitem(checks.OPTIMISATION_TOLERANCE, "fp32", 0.0)
     assert [name for name, passed in verdicts(backbone, samples()).items() if not passed] == [
         "ONNX Runtime with and without optimisation"
     ]

@@ -1,0 +1,121 @@
+"""Verification of an ONNX file beyond its outputs."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from mobilemix.errors import TargetError
+from mobilemix.parity import relative_l2
+from mobilemix.recipe import Recipe
+from mobilemix.targets.base import Array, Check, Inputs, Lowered
+from mobilemix.targets.onnx.convert import check, write
+from mobilemix.targets.onnx.half import LARGEST, SUFFIXES, to_half
+from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
+
+OPTIMISATION_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}
+"""Largest relative L2 distance between ONNX Runtime with and without its graph optimisations: rounding alone."""
+
+TWIN_TOLERANCE = 1e-5
+"""Largest relative L2 distance between the float32 build and the lowered program in PyTorch."""
+
+
+def valid(path: Path) -> Check:
+    """The ONNX checker accepts the file."""
+    try:
+        check(path)
+    except TargetError as error:
+        return Check("onnx.checker", False, str(error))
+    return Check("onnx.checker", True, "valid, all shapes inferred")
+
+
+def standard(path: Path) -> Check:
+    """The file needs nothing but the operators of ONNX itself."""
+    model = read_model(path)
+    others = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    detail = f"operators of {', '.join(others)}" if others else f"ai.onnx opset {opset} only"
+    return Check("standard operators", not others and not model.functions, detail)
+
+
+def optimisable(path: Path, precision: str, samples: Sequence[Inputs]) -> Check:
+    """ONNX Runtime's own graph optimisations keep the results."""
+    plain, optimised = OnnxRunner(path, optimised=False), OnnxRunner(path)
+    errors = [error for sample in samples for error in _errors(optimised.run(sample), plain.run(sample))]
+    return _within("ONNX Runtime with and without optimisation", errors, OPTIMISATION_TOLERANCE[precision])
+
+
+def rounding(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
+    """A float16 file is its float32 twin, rounded; the twin is right; and float16 can hold what it computes.
+
+    A tolerance that float16 arithmetic can meet would let real faults pass, so the file itself is compared.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        twin_path = Path(folder) / path.name
+        write(lowered, dataclasses.replace(recipe, precision="fp32"), twin_path)
+        twin = OnnxRunner(twin_path)
+        difference = first_difference(onnx.load(twin_path), onnx.load(path))
+        peaks = [(_peak(value), name) for sample in samples for name, value in twin.values(sample)]
+        errors = [error for sample in samples for error in _errors(twin.run(sample), _evaluate(lowered, sample))]
+    peak, where = max(peaks, default=(0.0, "no value"))
+    return [
+        _within("float32 twin against PyTorch", errors, TWIN_TOLERANCE),
+        Check(
+            "float16 file is the twin, rounded", difference is None, difference or "node for node, weight for weight"
+        ),
+        Check("float16 range", peak <= LARGEST, f"largest magnitude {peak:.3g} of {LARGEST:.0f}, {where}"),
+    ]
+
+
+def first_difference(full: onnx.ModelProto, half: onnx.ModelProto) -> str | None:
+    """What in a float16 graph is not its float32 graph with casts and rounded weights; None if nothing."""
+    for one, other in zip(_shape_of(full), _shape_of(half), strict=False):
+        if one != other:
+            return f"node {other[1]} is not {one[1]}"
+    if len(list(_shape_of(full))) != len(list(_shape_of(half))):
+        return "the numbers of nodes differ"
+    weights = {_plain(tensor.name): onnx.numpy_helper.to_array(tensor) for tensor in full.graph.initializer}
+    for tensor in half.graph.initializer:
+        content, expected = onnx.numpy_helper.to_array(tensor), weights[_plain(tensor.name)]
+        if not np.array_equal(content, to_half(expected) if content.dtype == np.float16 else expected, equal_nan=True):
+            return f"weight {tensor.name} is not the rounded one"
+    return None
+
+
+def _shape_of(model: onnx.ModelProto) -> Iterator[tuple[object, ...]]:
+    """Nodes but for the casts between the two forms of a value, with the names of values that both forms share."""
+    for node in model.graph.node:
+        inputs, outputs = [_plain(name) for name in node.input], [_plain(name) for name in node.output]
+        if inputs != outputs:
+            attributes = sorted(attribute.SerializeToString(deterministic=True) for attribute in node.attribute)
+            yield node.op_type, outputs[0], inputs, outputs, attributes
+
+
+def _plain(name: str) -> str:
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _evaluate(lowered: Lowered, sample: Inputs) -> dict[str, Array]:
+    with torch.no_grad():
+        outputs = lowered.program.module()(*(torch.from_numpy(sample[name]) for name in lowered.input_names))
+    leaves = torch.utils._pytree.tree_leaves(outputs)
+    return {name: leaf.numpy() for name, leaf in zip(lowered.output_names, leaves, strict=True)}
+
+
+def _errors(values: dict[str, Array], expected: dict[str, Array]) -> list[float]:
+    return [relative_l2(values[name], reference) for name, reference in expected.items()]
+
+
+def _peak(value: Array) -> float:
+    return float(np.abs(value).max(initial=0))
+
+
+def _within(name: str, errors: Sequence[float], tolerance: float) -> Check:
+    worst = float(np.max(errors, initial=0))
+    return Check(name, bool(worst <= tolerance), f"relative L2 {worst:.1e} of {tolerance:.0e}")
