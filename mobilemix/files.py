@@ -3,14 +3,14 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mobilemix.errors import OutputError
+from mobilemix.errors import MobilemixError, OutputError
 
 _STAGING = ".mobilemix-"
 
@@ -24,14 +24,18 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be made or written, or the disk filled up inside the block.
     """
+    # Named first and made inside the try, so that an interrupt finds no gap in which it would stay.
+    stage = folder / f"{_prefix()}{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        stage = Path(tempfile.mkdtemp(prefix=f"{_prefix()}{os.getpid()}-", dir=folder))
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another folder with -o") from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            stage.mkdir()
+        except OSError as error:
+            raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another folder with -o") from error
         yield stage
+    except MobilemixError:
+        raise
     except Exception as error:
         # Native writers (coremltools, onnx) report a full disk in words of their own; the free space says it plainly.
         if shutil.disk_usage(folder).free < 1_000_000:

@@ -9,6 +9,7 @@ import pytest
 from conftest import SHAPE
 
 from mobilemix import cli, files
+from mobilemix.models import registry
 
 COMMAND = [sys.executable, "-m", "mobilemix"]
 
@@ -78,15 +79,19 @@ def test_a_recipe_and_options_over_it(mobilemix, network, tmp_path):
     assert json.loads(out)[0]["manifest"]["recipe"]["opset"] == 20
 
 
-def test_models_lists_what_the_papers_say(mobilemix):
+def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeypatch):
+    some = {name: registry.MODELS[name] for name in ("efficientvim_m1", "casvit_xs")}
+    monkeypatch.setattr(registry, "MODELS", some)
     code, out, _ = mobilemix("models", "--json")
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out)}
+    assert rows.keys() == some.keys()
     assert rows["efficientvim_m1"]["published_parameters"] == 6_700_000
     assert abs(rows["efficientvim_m1"]["parameters"] / 6_700_000 - 1) < 0.01
     code, out, _ = mobilemix("models")
     assert code == 0
-    assert all(name in out for name in rows)
+    assert all(name in out for name in some)
+    assert "arXiv:2411.15241" in out
 
 
 @pytest.mark.parametrize(

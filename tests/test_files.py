@@ -2,7 +2,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -50,11 +49,11 @@ def test_a_file_where_the_folder_should_be_is_one_clear_error(tmp_path):
 
 
 def test_an_unwritable_folder_is_one_clear_error(tmp_path, monkeypatch):
-    def refuse(**_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     # Not by chmod: tests may run as root, who may write anywhere.
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match="Permission denied"), files.staging(tmp_path):
         pass
 
