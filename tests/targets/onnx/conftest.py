@@ -1,15 +1,25 @@
+import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx
 import onnx_cases
 import pytest
 from torch import Tensor, nn
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from mobilemix.parity import relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.targets.onnx import OnnxTarget
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torchlib_once() -> Iterator[None]:
+    """torch.onnx parses its operators' sources again for every export, which is most of the time of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
+import contextlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from mobilemix.errors import InputError, TargetError
@@ -53,6 +57,18 @@ def test_truncated_file_is_refused(backbone: Path, share: float) -> None:
     backbone.write_bytes(content[: int(share * len(content))])
     with pytest.raises(InputError, match=r"small\.onnx|cannot load"):
         OnnxRunner(backbone)
+
+
+@settings(max_examples=30, deadline=None)
+@given(position=st.integers(0, 10**6), flipped=st.integers(1, 255))
+def test_damaged_file_never_escapes_as_another_error(backbone_file: Path, position: int, flipped: int) -> None:
+    content = bytearray(backbone_file.read_bytes())
+    content[position % len(content)] ^= flipped
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "damaged.onnx")
+        path.write_bytes(content)
+        with contextlib.suppress(InputError, TargetError):
+            OnnxRunner(path)
 
 
 @pytest.mark.parametrize("content", [b"not a model", b"\x08\x08", b"PK\x03\x04" + bytes(200), b"\x80\x04K\x01."])

@@ -2,15 +2,19 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mobilemix.errors import TargetError, UnsupportedOpError
 from mobilemix.targets.onnx.translate import translate
+from mobilemix.targets.onnx.translations import _cell_weights
 
 
 def value_names(module: nn.Module, *inputs: Tensor) -> tuple[set[str], set[str]]:
@@ -57,6 +61,13 @@ def test_program_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 3), (3, 4), (5, 2)], ids=str)
 def test_adaptive_mean_of_any_grid(compiled: Callable[..., Path], sizes: tuple[int, int]) -> None:
     compiled(nn.AdaptiveAvgPool2d(sizes), torch.randn(2, 3, 6, 7))
+
+
+@given(size=st.integers(1, 40), count=st.integers(1, 40))
+def test_weights_of_an_adaptive_mean(size: int, count: int) -> None:
+    x = np.random.default_rng(0).standard_normal((1, size)).astype(np.float32)
+    expected = F.adaptive_avg_pool1d(torch.from_numpy(x), count).numpy()
+    np.testing.assert_allclose(x @ _cell_weights(size, count).T, expected, atol=1e-5)
 
 
 class Parts(nn.Module):
