@@ -1,11 +1,11 @@
 """Rules of torch.fft: a transform along an axis is one real matrix product.
 
-An axis with others behind it is transformed from the left, (m, n) @ (outer, n, inner), the last one from the right,
-(outer, n) @ (n, m). A complex axis of n is one real axis of 2n: the result of one transform has its parts where the
-next one wants them, so that transforms of neighbouring axes follow each other without a copy:
+The last axis is transformed from the right, (outer, n) @ (n, m), an axis with many numbers behind it from the left,
+(m, n) @ (outer, n, inner), one with few between two transpositions. A complex axis of n is one real axis of 2n: the
+result of one transform has its parts where the next wants them, so that neighbouring axes need no rearrangement:
 
-    rfft2:   x (B, C, H, W) → @ (W, 2K) → (B·C, 2H, K) → (2H, 2H) @ → [re | im] (B, C, 2, H, K),  K = W // 2 + 1
-    irfft2:  [re | im] (B·C, 2H, K) → (2H, 2H) @ → (B·C·H, 2K) → @ (2K, W) → y (B, C, H, W)
+    rfft2:   x (B, C, H, W) → @ (W, 2K) → (B·C, 2H, K) → along 2H: (2H, 2H) → [re | im] (B, C, 2, H, K),  K = W // 2 + 1
+    irfft2:  [re | im] (B·C, 2H, K) → along 2H: (2H, 2H) → (B·C·H, 2K) → @ (2K, W) → y (B, C, H, W)
 """
 
 import dataclasses
@@ -24,6 +24,12 @@ aten = torch.ops.aten
 
 FORWARD, INVERSE = -1, 1
 """Sign of the exponent."""
+
+_WIDE = 48
+"""Numbers behind an axis from which many small products cost less than two transpositions around a large one.
+
+ONNX Runtime, one thread, any n from 8 to 128: 0.4 of the time at 5 numbers, 0.6 at 17, 0.9 at 33, 1.2 at 65.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,11 @@ def _multiply(call: Call, matrix: Tensor, data: Real) -> Real:
         return data.reshape((outer, inputs)).call(aten.mm.default, _constant(call, name, matrix.T, data.dtype))
     if outer == 1:
         return _constant(call, name, matrix, data.dtype).call(aten.mm.default, data.reshape((inputs, inner)))
-    return _constant(call, name, matrix, data.dtype).call(aten.matmul.default, data)
+    if inner >= _WIDE:
+        return _constant(call, name, matrix, data.dtype).call(aten.matmul.default, data)
+    rows = data.call(aten.transpose.int, 1, 2).reshape((outer * inner, inputs))
+    product = rows.call(aten.mm.default, _constant(call, name, matrix.T, data.dtype))
+    return product.reshape((outer, inner, len(matrix))).call(aten.transpose.int, 1, 2)
 
 
 def _constant(call: Call, name: str, tensor: Tensor, dtype: torch.dtype) -> Real:
