@@ -33,6 +33,7 @@ from mobilemix.files import sha256
 from mobilemix.passes.base import source
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
+from mobilemix.targets.coreml import frontend  # noqa: F401, it registers readers
 from mobilemix.targets.coreml.interface import distinct_outputs, take_unscaled
 from mobilemix.targets.coreml.mil_passes import PROBABILITIES, pass_pipeline
 
