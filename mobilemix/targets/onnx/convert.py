@@ -14,7 +14,7 @@ import onnxsim
 from onnx_ir.passes import common
 
 import mobilemix
-from mobilemix.errors import TargetError
+from mobilemix.errors import InputError, TargetError
 from mobilemix.parity import relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
@@ -91,19 +91,22 @@ def _compare(before: Path, after: Path) -> set[str]:
         Names of values that mean something else now, as a convolution into which a product was folded does.
 
     Raises:
-        TargetError: an output changed.
+        TargetError: an output changed, or ONNX Runtime cannot load one of the two.
     """
     noise = np.random.default_rng(0)
     sample = {
         value.name: noise.standard_normal([size.dim_value for size in value.type.tensor_type.shape.dim], np.float32)
         for value in read_model(before).graph.input
     }
-    original, tidied = (OnnxRunner(path, optimised=False) for path in (before, after))
+    try:
+        original, tidied = (OnnxRunner(path, optimised=False) for path in (before, after))
+    except InputError as error:
+        raise TargetError(str(error)) from error
     outputs = tidied.run(sample)
     for name, value in original.run(sample).items():
-        if not (error := relative_l2(outputs[name], value)) <= TIDY_TOLERANCE:
+        if not (change := relative_l2(outputs[name], value)) <= TIDY_TOLERANCE:
             raise TargetError(
-                f"onnxsim changed output '{name}' by {error:.1e}, more than rounding ({TIDY_TOLERANCE:.0e})"
+                f"onnxsim changed output '{name}' by {change:.1e}, more than rounding ({TIDY_TOLERANCE:.0e})"
             )
     meant = dict(original.values(sample))
     return {

@@ -45,7 +45,8 @@ def translate(lowered: Lowered, opset: int) -> Translation:
         UnsupportedOpError: an operator that has neither an ONNX form nor a decomposition.
         TargetError: `torch.onnx` failed in another way, or could not convert to the opset.
     """
-    exportable = _Exportable.of(lowered.program)
+    with _silence():
+        exportable = _Exportable.of(lowered.program)
     try:
         with _silence():
             exported = torch.onnx.export(
