@@ -283,13 +283,18 @@ def _print_export(one: "Export") -> None:
 
 
 def _verdict(path: Path, parity: "Parity", facts: str) -> None:
-    """The closing line: path, size, time and parity."""
+    """The target's own checks, and the closing line: path, size, time and parity."""
+    from rich.markup import escape
+
+    for check in parity.checks:
+        held = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "not run"}[check.passed]
+        _console().print(f"{held} {check.name}: {escape(check.detail)}", soft_wrap=True)
     worst = max(parity.agreement.values(), key=lambda one: one.relative_l2)
     mark = "[green]verified[/]" if parity.passed else "[red]FAILED[/]"
     samples = sum(one.samples for one in parity.agreement.values())
     same = round(sum(one.samples * one.top1 for one in parity.agreement.values()))
     match = f"relative error {worst.relative_l2:.1e} against {parity.reference} PyTorch · top-1 {same}/{samples}"
-    _console().print(f"{mark} {path}{facts} · {match}", soft_wrap=True)
+    _console().print(f"{mark} {escape(str(path))}{facts} · {match}", soft_wrap=True)
     if parity.departs:
         _console().print(f"  first departure: {parity.departs}", soft_wrap=True, markup=False)
 

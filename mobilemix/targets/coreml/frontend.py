@@ -7,7 +7,7 @@ from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwin
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
 
 
-@register_torch_op(override=True)
+@register_torch_op(override=True)  # type: ignore[untyped-decorator]
 def gelu(context: Any, node: Any) -> None:
     """`approximate` is a keyword argument, which the stock reader overlooks: it makes every GELU exact."""
     (x,) = _get_inputs(context, node, expected=1)

@@ -16,6 +16,8 @@ PROBABILITIES = "probabilities"
 def pass_pipeline(classifier: bool) -> ct.PassPipeline:
     """The stock passes and ours."""
     pipeline = ct.PassPipeline()
+    # It writes x·a + b as a batch norm of variance 1 and epsilon 1e-5, which scales x by 5e-6 too little each time.
+    pipeline.remove_passes({"common::fuse_elementwise_to_batchnorm"})
     # The casts to fp16 are named after operations, which until then have to be distinct.
     pipeline.insert_pass(pipeline.passes.index("common::dedup_op_and_var_names"), "mobilemix::name_operations")
     if classifier:
