@@ -104,6 +104,16 @@ def test_two_dimensional_transforms_need_two_products_each_way() -> None:
     assert relative_error(program, module, x) < TOLERANCE
 
 
+def test_an_imaginary_part_that_nobody_uses_is_not_computed() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.fft.fft2(x).real, torch.fft.ifft2(torch.fft.rfft2(x), s=(6, 8)).real
+
+    module, x = Function(function), signal(3, 6, 8)
+    program = rewritten(ComplexToReal(), module, x)
+    assert "slice" not in operators(program)
+    assert relative_error(program, module, x) < TOLERANCE
+
+
 def test_equal_matrices_are_stored_once() -> None:
     def function(x: Tensor) -> Tensor:
         for _ in range(3):
@@ -125,6 +135,13 @@ SPECTRA: dict[str, Callable[..., Tensor]] = {
     "polar": lambda z: torch.polar(z.abs(), z.angle()),
     "exponential": lambda z: torch.exp(0.1 * z),
     "square": lambda z: z.square() + z.reciprocal(),
+    "powers": lambda z: z**3 + (z + 4) ** 0.5 + (z + 4).sqrt(),
+    "logarithm": lambda z: torch.log(z + 4),
+    "filled": lambda z: z.masked_fill(z.abs() < 1, 1 - 2j),
+    "equality": lambda z: (z == z[:, :1]).float() + (z != z[:, :1]).float(),
+    "norm": lambda z: torch.linalg.vector_norm(z, dim=(2, 3)),
+    "dot": lambda z: torch.vdot(z.flatten(), z.flatten() * 1j).reshape(1),
+    "strides": lambda z: torch.tensordot(z, z.mean((0, 3)), dims=([1], [0])),
     "negative": lambda z: -z,
     "mask": lambda z: torch.where(z.abs() > 1, z, torch.zeros_like(z)),
     "real branch": lambda z: torch.where(z.abs() > 1, z, z.real),
@@ -164,10 +181,46 @@ def test_operators_between_transforms(name: str) -> None:
     check(function, signal(2, 4, 6, 6))
 
 
+@given(
+    n=st.integers(4, 16),
+    hop=st.integers(1, 4),
+    window=st.none() | st.integers(3, 16),
+    center=st.booleans(),
+    normalized=st.booleans(),
+    onesided=st.booleans(),
+    batch=st.sampled_from([(), (3,)]),
+)
+@settings(max_examples=20, deadline=None)
+def test_short_time_transforms(
+    n: int, hop: int, window: int | None, center: bool, normalized: bool, onesided: bool, batch: tuple[int, ...]
+) -> None:
+    width = None if window is None else min(window, n)
+
+    def function(x: Tensor) -> Tensor:
+        taper = None if width is None else torch.linspace(0.5, 1.5, width, dtype=x.dtype)
+        options = {"hop_length": hop, "win_length": width, "window": taper, "center": center, "normalized": normalized}
+        z = torch.stft(x, n, onesided=onesided, return_complex=True, **options)
+        return torch.view_as_real(z)
+
+    check(function, signal(*batch, 40))
+
+
+@pytest.mark.parametrize("length", [None, 30, 45])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_short_time_transforms_and_back(length: int | None, normalized: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        options = {"hop_length": 3, "window": torch.hann_window(12, dtype=x.dtype), "normalized": normalized}
+        z = torch.stft(x, 12, return_complex=True, **options)
+        return torch.istft(z * z.abs(), 12, length=length, **options)
+
+    check(function, signal(2, 40))
+
+
 WEIGHTED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "product": (lambda z, k: z * k, (4, 6, 4)),
     "matmul": (lambda z, k: z @ k, (4, 3)),
     "linear": (lambda z, k: torch.nn.functional.linear(z, k), (3, 4)),
+    "convolution": (lambda z, k: torch.nn.functional.conv2d(z, k, bias=k[:, 0, 0, 0], padding=1), (3, 4, 2, 2)),
     "modes": (lambda z, k: torch.einsum("bixy,ioxy->boxy", z, k), (4, 3, 6, 4)),
     "blocks": (lambda z, k: torch.einsum("bgixy,gio->bgoxy", z.unflatten(1, (2, 2)), k), (2, 2, 3)),
     "three factors": (lambda z, k: torch.einsum("bixy,io,oy->boxy", z, k[:, :3], k[:3]), (4, 4)),

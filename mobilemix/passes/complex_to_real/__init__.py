@@ -11,10 +11,15 @@ from torch.utils import _pytree as pytree
 
 from mobilemix.errors import UnsupportedOpError
 from mobilemix.passes.base import Pass, PassResult, source
-from mobilemix.passes.complex_to_real import fft, rules  # noqa: F401 (they fill the table)
+from mobilemix.passes.complex_to_real import fft, rules, stft  # noqa: F401 (they fill the table)
 from mobilemix.passes.complex_to_real.table import RULES, Call
 from mobilemix.passes.complex_to_real.values import Complex, Real, nodes
 from mobilemix.passes.editing import Edit
+
+aten = torch.ops.aten
+
+_FOURIER = ("aten::fft_", "aten::_fft_", "aten::stft", "aten::istft")
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 class ComplexToReal(Pass):
@@ -70,7 +75,8 @@ class _Walk:
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda item: self._rewritten.get(item, Real(self._edit, item))
         )
-        result = self._run(node, node.target, args, kwargs, node.meta["val"])
+        real_only = all(user.target is torch.ops.aten.real.default for user in node.users)
+        result = self._run(node, node.target, args, kwargs, node.meta["val"], real_only)
         self._rewritten[node] = result
         if isinstance(result, Real):
             self._edit.replace(node, result.node)
@@ -82,10 +88,12 @@ class _Walk:
                     f"output {position} of the model, {source(value)}, is complex; return torch.view_as_real of it"
                 )
 
-    def _run(self, node: fx.Node, op: Any, args: Any, kwargs: Any, value: Any) -> Any:
+    def _run(self, node: fx.Node, op: Any, args: Any, kwargs: Any, value: Any, real_only: bool = False) -> Any:
         """What stands for op(*args, **kwargs), a call in the course of `node` that originally returned `value`."""
         if op is operator.getitem:
             return args[0][args[1]]
+        if op in _VIEWS:  # of a tensor whose strides are not those of the complex one
+            op = aten.reshape.default
         rule = RULES.get(op._schema.name)
         takes_complex = any(isinstance(item, Complex) for item in _leaves((args, kwargs)))
         if not takes_complex and not _is_complex(value) and not _is_fourier(op):
@@ -93,7 +101,7 @@ class _Walk:
             items = [result] if isinstance(value, Tensor) else self._edit.items(result)
             reals = [Real(self._edit, item) for item in items]
             return reals[0] if isinstance(value, Tensor) else reals
-        result = NotImplemented if rule is None else rule(Call(self._edit, op, value), *args, **kwargs)
+        result = NotImplemented if rule is None else rule(Call(self._edit, op, value, real_only), *args, **kwargs)
         return self._decompose(node, op, args, kwargs) if result is NotImplemented else result
 
     def _decompose(self, node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
@@ -106,11 +114,14 @@ class _Walk:
             call_args, call_kwargs = pytree.tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
             return op(*call_args, **call_kwargs)
 
-        body = make_fx(call)(*(self._edit.empty(number.shape, number.full_dtype) for number in numbers.values()))
+        body = make_fx(torch.func.functionalize(call, remove="mutations"))(
+            *(self._edit.empty(number.shape, number.full_dtype) for number in numbers.values())
+        )
         steps = [step for step in body.graph.nodes if step.op == "call_function"]
         if any(step.target is op for step in steps):
+            through = "" if op is node.target else f", a part of {node.target},"
             raise UnsupportedOpError(
-                f"{op} on complex tensors at {source(node)} has no rule; use real operators on torch.view_as_real there"
+                f"{op}{through} on complex tensors at {source(node)} has no rule; use real operators on the parts"
             )
         values = dict(zip(body.graph.find_nodes(op="placeholder"), numbers.values(), strict=True))
         for constant in body.graph.find_nodes(op="get_attr"):
@@ -134,7 +145,7 @@ def _is_complex(value: Any) -> bool:
 
 
 def _is_fourier(op: Any) -> bool:
-    return isinstance(op, torch._ops.OpOverload) and op._schema.name.startswith(("aten::fft_", "aten::_fft_"))
+    return isinstance(op, torch._ops.OpOverload) and op._schema.name.startswith(_FOURIER)
 
 
 def _is_number(value: Any) -> bool:

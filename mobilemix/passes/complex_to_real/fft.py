@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mobilemix.passes.complex_to_real import dft
 from mobilemix.passes.complex_to_real.table import Call, rule
-from mobilemix.passes.complex_to_real.values import Complex, Real, emit, fill
+from mobilemix.passes.complex_to_real.values import Complex, Real, emit, fill, join
 
 aten = torch.ops.aten
 
@@ -68,19 +68,21 @@ def _apply_one(call: Call, x: Real | Complex, step: _Step, following: int | None
         outputs = step.n
         make = dft.complex_to_real if to_real else dft.complex_to_complex
         matrix = make(signal, step.n, step.sign, step.scale)
-        data, part_axis = _along(x, axis)
+        data, part_axis = along(x, axis)
         data = data.reshape((outer, 2 * signal, inner))
         if part_axis == axis + 1:
             matrix = dft.interleaved(matrix, 1)
     part_axis = axis + 1 if following == axis + 1 else axis
     if not to_real and part_axis == axis + 1:
         matrix = dft.interleaved(matrix, 0)
-    product = _multiply(call, matrix, data)
     shape = (*x.shape[:axis], outputs, *x.shape[axis + 1 :])
+    if call.real_only and following is None and not to_real:
+        return Complex.from_real_part(_multiply(call, matrix[:outputs], data).reshape(shape))
+    product = _multiply(call, matrix, data)
     return product.reshape(shape) if to_real else Complex.from_stacked(product, shape, part_axis)
 
 
-def _along(x: Complex, axis: int) -> tuple[Real, int]:
+def along(x: Complex, axis: int) -> tuple[Real, int]:
     """Both parts in one tensor, side by side with `axis`: (…, 2, n, …) or (…, n, 2, …)."""
     if x.stacked and x.stacked[1] in (axis, axis + 1):
         return x.stacked
@@ -92,17 +94,18 @@ def _multiply(call: Call, matrix: Tensor, data: Real) -> Real:
     outer, inputs, inner = data.shape
     name = f"dft_{matrix.shape[0]}x{matrix.shape[1]}"
     if inner == 1:
-        return data.reshape((outer, inputs)).call(aten.mm.default, _constant(call, name, matrix.T, data.dtype))
+        return data.reshape((outer, inputs)).call(aten.mm.default, constant(call, name, matrix.T, data.dtype))
     if outer == 1:
-        return _constant(call, name, matrix, data.dtype).call(aten.mm.default, data.reshape((inputs, inner)))
+        return constant(call, name, matrix, data.dtype).call(aten.mm.default, data.reshape((inputs, inner)))
     if inner >= _WIDE:
-        return _constant(call, name, matrix, data.dtype).call(aten.matmul.default, data)
+        return constant(call, name, matrix, data.dtype).call(aten.matmul.default, data)
     rows = data.call(aten.transpose.int, 1, 2).reshape((outer * inner, inputs))
-    product = rows.call(aten.mm.default, _constant(call, name, matrix.T, data.dtype))
+    product = rows.call(aten.mm.default, constant(call, name, matrix.T, data.dtype))
     return product.reshape((outer, inner, len(matrix))).call(aten.transpose.int, 1, 2)
 
 
-def _constant(call: Call, name: str, tensor: Tensor, dtype: torch.dtype) -> Real:
+def constant(call: Call, name: str, tensor: Tensor, dtype: torch.dtype) -> Real:
+    """A buffer of the program that holds `tensor` in `dtype`."""
     return Real(call.edit, call.edit.add_constant(name, tensor.to(dtype)))
 
 
@@ -122,8 +125,14 @@ def _axes(
 
 
 def _plain(call: Call, x: Real | Complex, axes: list[tuple[int, int]], scale: Callable[[int], float], sign: int) -> Any:
-    """fft and ifft along axes, the last first, so that each finds the parts beside its axis."""
-    return _apply(call, x, [_Step(axis, n, sign, scale(n)) for axis, n in reversed(axes)], to_real=False)
+    """fft and ifft along axes: from the last to the first, or from the first if the parts lie beside it already."""
+    if not axes:
+        return x if isinstance(x, Complex) else join(call.edit, x, None, x.shape, x.dtype)
+    steps = [_Step(axis, n, sign, scale(n)) for axis, n in sorted(axes, reverse=True)]
+    first = steps[-1].axis
+    if isinstance(x, Complex) and x.stacked and x.stacked[1] in (first, first + 1):
+        steps.reverse()
+    return _apply(call, x, steps, to_real=False)
 
 
 def _to_half(call: Call, x: Real, axes: list[tuple[int, int]], scale: Callable[[int], float], sign: int) -> Any:
@@ -197,4 +206,4 @@ def _(call: Call, x: Complex, dim: list[int], normalization: int, last_dim_size:
 @rule("fft_fftfreq", "fft_rfftfreq")
 def _(call: Call, n: int, d: float = 1.0, **_options: Any) -> Real:
     values = (torch.fft.rfftfreq if "rfft" in call.op._schema.name else torch.fft.fftfreq)(n, d, dtype=torch.float64)
-    return _constant(call, "fftfreq", values, call.dtype)
+    return constant(call, "fftfreq", values, call.dtype)

@@ -67,7 +67,7 @@ def _(call: Call, x: Real | Complex) -> Real | Complex:
 
 @rule("abs")
 def _(call: Call, x: Complex) -> Real:
-    return (x.re * x.re + x.im * x.im).call(aten.sqrt.default)
+    return _squared(x).call(aten.sqrt.default)
 
 
 @rule("angle")
@@ -134,6 +134,56 @@ def _(call: Call, x: Complex) -> Complex:
     return Complex(radius * x.im.call(aten.cos.default), radius * x.im.call(aten.sin.default))
 
 
+@rule("log")
+def _(call: Call, x: Complex) -> Complex:
+    return Complex(_squared(x).call(aten.log.default) * 0.5, x.im.call(aten.atan2.default, x.re))
+
+
+@rule("sqrt")
+def _(call: Call, x: Complex) -> Complex:
+    return _power(x, 0.5)
+
+
+@rule("pow")
+def _(call: Call, x: Number, exponent: Number) -> Any:
+    if not isinstance(x, Complex) or not isinstance(exponent, int | float):
+        return NotImplemented
+    if exponent != int(exponent) or not 1 <= exponent <= _LARGEST_PRODUCT:
+        return _power(x, float(exponent))
+    parts = split(x)
+    for _ in range(int(exponent) - 1):
+        parts = _product(parts, x.parts)
+    return _finish(call, *parts)
+
+
+_LARGEST_PRODUCT = 4
+"""Exponent up to which a power is a product, which is more exact than exponential and logarithm."""
+
+
+def _power(x: Complex, exponent: float) -> Complex:
+    radius = _squared(x).call(aten.pow.Tensor_Scalar, exponent / 2)
+    angle = x.im.call(aten.atan2.default, x.re) * exponent
+    return Complex(radius * angle.call(aten.cos.default), radius * angle.call(aten.sin.default))
+
+
+def _squared(x: Complex) -> Real:
+    """|x|²."""
+    return x.re * x.re + x.im * x.im
+
+
+@rule("linalg_vector_norm")
+def _(call: Call, x: Complex, *args: Any, **kwargs: Any) -> Real:
+    return call.emit(call.op, _squared(x).call(aten.sqrt.default), *args, **kwargs)
+
+
+@rule("eq", "ne")
+def _(call: Call, a: Number, b: Number) -> Real:
+    both = aten.logical_and if call.op._opname == "eq" else aten.logical_or
+    pairs = zip(split(a), split(b), strict=True)
+    re, im = (fill(call.edit, x, call.shape, torch.float32).call(call.op, y or 0.0) for x, y in pairs)
+    return re.call(both.default, im)
+
+
 def _product(a: tuple[Part, Part], b: tuple[Part, Part]) -> tuple[Part, Part]:
     return _bilinear(times, a, b)
 
@@ -161,12 +211,20 @@ def _(call: Call, a: Number, b: Number) -> Complex:
     return _finish(call, *_bilinear(lambda x, y: call.emit(call.op, x, y), split(a), split(b)))
 
 
-@rule("linear")
-def _(call: Call, x: Number, weight: Number, bias: Number | None = None) -> Complex:
-    re, im = _bilinear(lambda a, b: call.emit(call.op, a, b), split(x), split(weight))
-    if bias is not None:
-        re, im = (plus(part, shift) for part, shift in zip((re, im), split(bias), strict=True))
-    return _finish(call, re, im)
+@rule("vdot")
+def _(call: Call, a: Complex, b: Complex) -> Complex:
+    (a_re, a_im), b_parts = split(a), split(b)
+    return _finish(call, *_bilinear(lambda x, y: call.emit(aten.dot.default, x, y), (a_re, minus(None, a_im)), b_parts))
+
+
+@rule("linear", "conv1d", "conv2d", "conv3d")
+def _(call: Call, x: Number, weight: Number, bias: Number | None = None, *options: Any) -> Complex:
+    product = _bilinear(lambda a, b: call.emit(call.op, a, b, None, *options), split(x), split(weight))
+    if bias is None:
+        return _finish(call, *product)
+    behind = 0 if call.op._opname == "linear" else len(call.shape) - 2
+    parts = [part.reshape((-1, *[1] * behind)) if isinstance(part, Real) else None for part in split(bias)]
+    return _finish(call, *map(plus, product, parts))
 
 
 @rule("einsum")
@@ -232,6 +290,14 @@ def _(call: Call, *_args: Any, **_kwargs: Any) -> Complex:
 @rule("full", "full_like")
 def _(call: Call, _like: Any, fill_value: complex, **_kwargs: Any) -> Complex:
     return _finish(call, *split(fill_value))
+
+
+@rule("masked_fill")
+def _(call: Call, x: Complex, mask: Real, value: Number) -> Any:
+    if not isinstance(value, int | float | complex):
+        return NotImplemented
+    filled = zip(x.parts, split(value), strict=True)
+    return Complex(*(part.call(aten.masked_fill.Scalar, mask, number or 0) for part, number in filled))
 
 
 @rule("constant_pad_nd")

@@ -23,11 +23,13 @@ class Call:
         edit: where to make nodes; already placed before the call.
         op: the operator.
         value: fake tensor (or tuple of them) that the call returns: its shape and complex dtype.
+        real_only: whether nothing uses the imaginary part of the result.
     """
 
     edit: Edit
     op: torch._ops.OpOverload
     value: Any
+    real_only: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class Complex:
     def __init__(self, re: Real, im: Real) -> None:
         """Broadcast both parts to one shape."""
         self.shape = tuple(torch.broadcast_shapes(re.shape, im.shape))  # type: ignore[no-untyped-call]
-        self._parts: tuple[Real, Real] | None = (re.expand(self.shape), im.expand(self.shape))
+        self._parts: tuple[Real, Real | None] | None = (re.expand(self.shape), im.expand(self.shape))
         self.stacked: tuple[Real, int] | None = None
 
     @classmethod
@@ -106,6 +106,13 @@ class Complex:
         self.shape, self._parts, self.stacked = tuple(shape), None, (data, axis)
         return self
 
+    @classmethod
+    def from_real_part(cls, re: Real) -> "Complex":
+        """A tensor of which nobody asks for the imaginary part."""
+        self = cls(re, re)
+        self._parts = re, None
+        return self
+
     @property
     def parts(self) -> tuple[Real, Real]:
         """Real and imaginary part."""
@@ -115,12 +122,14 @@ class Complex:
             size = self.shape[axis]
             both = data.reshape((*self.shape[:axis], 2 * size, *self.shape[axis + 1 :]))
             self._parts = both.take(axis, 0, size), both.take(axis, size, 2 * size)
-        return self._parts
+        re, im = self._parts
+        assert im is not None, "only the real part is known"
+        return re, im
 
     @property
     def re(self) -> Real:
         """Real part."""
-        return self.parts[0]
+        return self._parts[0] if self._parts else self.parts[0]
 
     @property
     def im(self) -> Real:
