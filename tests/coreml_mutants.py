@@ -107,7 +107,9 @@ class stored:
             for each in read_package(package).operations
             if each.type == "const"
         }
-        constant = next(constant for key, constant in constants.items() if name in key)
+        # Of several, the first by its name in the program, so that both precisions are changed in the same one.
+        key = min((key for key in constants if name in key), key=lambda key: key.removesuffix("_to_fp16"))
+        constant = constants[key]
         assert constant.file_offset is not None
         self.file, self.offset = package / WEIGHTS, constant.file_offset
         self.before = constant.array
