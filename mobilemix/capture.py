@@ -30,8 +30,8 @@ def capture(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
         CaptureError: `torch.export` refused the module, or what it captured draws random numbers, normalises with batch
             statistics, or changes its inputs or buffers, although it is in evaluation mode.
     """
-    model = copy.deepcopy(module).eval().float().requires_grad_(False)
-    inputs = tuple(value.detach().float() if value.is_floating_point() else value.detach() for value in example)
+    model = copy.deepcopy(module).eval()._apply(_narrow).requires_grad_(False)  # type: ignore[no-untyped-call]
+    inputs = tuple(_narrow(value.detach()) for value in example)
     try:
         with torch.no_grad():
             program = torch.export.export(model, inputs, strict=False)
@@ -41,6 +41,12 @@ def capture(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
         raise CaptureError(_explain(error)) from error
     _refuse_training(program)
     return program
+
+
+def _narrow(value: Tensor) -> Tensor:
+    if value.is_complex():
+        return value.to(torch.complex64)
+    return value.float() if value.is_floating_point() else value
 
 
 def _functionalise(graph: fx.Graph) -> bool:

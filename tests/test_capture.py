@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 
 from mobilemix.capture import capture
 from mobilemix.errors import CaptureError
+from mobilemix.passes import lower
 
 
 class Nested(nn.Module):
@@ -33,6 +34,32 @@ def test_names_and_structure_are_the_models_own() -> None:
     assert found.keys() == expected.keys()
     assert torch.equal(found["maps"][1][0], expected["maps"][1][0])
     assert torch.equal(found["masked"], expected["masked"])
+
+
+def test_outputs_need_not_be_tensors() -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, None, int, Tensor]:
+            return torch.fft.fft(x).real, None, 3, x
+
+    x = torch.randn(2, 3)
+    program, _ = lower(capture(Module(), (x,)))
+    found = program.module()(x)
+    assert found[1:3] == (None, 3)
+    assert torch.equal(found[3], x)
+
+
+def test_wide_parameters_become_single_precision() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.weight).abs()
+
+    program = capture(Module(), (torch.randn(2, 3, dtype=torch.float64),))
+    assert program.state_dict["weight"].dtype == torch.complex64
+    assert program.module()(torch.randn(2, 3)).dtype == torch.float32
 
 
 def test_the_module_is_left_as_it_is() -> None:

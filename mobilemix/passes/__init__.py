@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch.export import ExportedProgram
 
+from mobilemix.errors import UnsupportedOpError
 from mobilemix.passes.base import Pass, PassError, PassResult
 from mobilemix.passes.complex_to_real import ComplexToReal
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
@@ -59,9 +60,13 @@ def lower(
         The rewritten program, and the names of the passes that changed something, in order, each once.
 
     Raises:
-        UnsupportedOpError: the model does something with complex tensors for which there is no rule.
+        UnsupportedOpError: the model does something with complex tensors for which there is no rule, or the program was
+            exported with dynamic shapes.
         PassError: a pass broke its contract, which is a defect of mobilemix.
     """
+    if program.range_constraints:
+        sizes = ", ".join(map(str, program.range_constraints))
+        raise UnsupportedOpError(f"the program has dynamic shapes ({sizes}); export it with fixed ones")
     modified: dict[str, None] = {}
     for step in PASSES:
         if log is not None:

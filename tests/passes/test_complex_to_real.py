@@ -125,6 +125,7 @@ def test_equal_matrices_are_stored_once() -> None:
 
 
 SPECTRA: dict[str, Callable[..., Tensor]] = {
+    "binary mask": lambda z: z * (z.abs() > 1) + z * torch.arange(z.shape[-1]),
     "scale": lambda z: 2.5 * z / 3,
     "imaginary scale": lambda z: 1j * z * (2 - 1j),
     "shift": lambda z: z + 1 - 2j,
@@ -191,6 +192,7 @@ def test_operators_between_transforms(name: str) -> None:
     batch=st.sampled_from([(), (3,)]),
 )
 @settings(max_examples=20, deadline=None)
+@pytest.mark.filterwarnings("ignore:A window was not provided")
 def test_short_time_transforms(
     n: int, hop: int, window: int | None, center: bool, normalized: bool, onesided: bool, batch: tuple[int, ...]
 ) -> None:

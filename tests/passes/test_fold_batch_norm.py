@@ -65,6 +65,14 @@ def test_norm_beside_a_linear_map(before: bool) -> None:
     assert relative_error(program, module, x) < TOLERANCE
 
 
+def test_padding_given_by_name() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), _trained(nn.BatchNorm2d(4)))
+    x = torch.randn(1, 3, 5, 5)
+    program = rewritten(FoldBatchNorm(), module, x)
+    assert operators(program) == {"conv2d": 1}
+    assert relative_error(program, module, x) < TOLERANCE
+
+
 def test_weights_keep_their_names() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 1), _trained(nn.BatchNorm2d(4)))
     program = rewritten(FoldBatchNorm(), module, torch.randn(1, 3, 4, 4))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilemix.capture import capture
+from mobilemix.errors import UnsupportedOpError
 from mobilemix.models import registry
 from mobilemix.passes import PASSES, lower
 
@@ -153,6 +154,12 @@ def test_a_lowered_program_has_nothing_left_to_lower() -> None:
     again, modified = lower(program)
     assert again is program
     assert modified == ()
+
+
+def test_dynamic_shapes_are_refused() -> None:
+    program = torch.export.export(nn.ReLU(), (torch.randn(4, 3),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with pytest.raises(UnsupportedOpError, match="dynamic shapes"):
+        lower(program)
 
 
 def _check_backbone(name: str, size: int, **options: bool) -> None:

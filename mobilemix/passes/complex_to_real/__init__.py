@@ -75,7 +75,7 @@ class _Walk:
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda item: self._rewritten.get(item, Real(self._edit, item))
         )
-        real_only = all(user.target is torch.ops.aten.real.default for user in node.users)
+        real_only = all(user.target is aten.real.default for user in node.users)
         result = self._run(node, node.target, args, kwargs, node.meta["val"], real_only)
         self._rewritten[node] = result
         if isinstance(result, Real):

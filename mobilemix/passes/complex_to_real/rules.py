@@ -84,13 +84,13 @@ def _finish(call: Call, re: Part, im: Part) -> Complex:
 
 @rule("add")
 def _(call: Call, a: Number, b: Number, alpha: complex = 1) -> Complex:
-    (a_re, a_im), (b_re, b_im) = split(a), _product(split(b), split(alpha))
+    (a_re, a_im), (b_re, b_im) = _factor(call, a), _product(_factor(call, b), split(alpha))
     return _finish(call, plus(a_re, b_re), plus(a_im, b_im))
 
 
 @rule("sub")
 def _(call: Call, a: Number, b: Number, alpha: complex = 1) -> Complex:
-    (a_re, a_im), (b_re, b_im) = split(a), _product(split(b), split(alpha))
+    (a_re, a_im), (b_re, b_im) = _factor(call, a), _product(_factor(call, b), split(alpha))
     return _finish(call, minus(a_re, b_re), minus(a_im, b_im))
 
 
@@ -107,12 +107,12 @@ def _(call: Call, x: Complex) -> Complex:
 
 @rule("mul")
 def _(call: Call, a: Number, b: Number) -> Complex:
-    return _finish(call, *_product(split(a), split(b)))
+    return _finish(call, *_product(_factor(call, a), _factor(call, b)))
 
 
 @rule("div", "true_divide")
 def _(call: Call, a: Number, b: Number) -> Complex:
-    (a_re, a_im), (b_re, b_im) = split(a), split(b)
+    (a_re, a_im), (b_re, b_im) = _factor(call, a), _factor(call, b)
     if b_im is None:
         return _finish(call, *(None if part is None else part / b_re for part in (a_re, a_im)))  # type: ignore[operator]
     return _finish(call, *_product((a_re, a_im), _reciprocal(b_re, b_im)))
@@ -182,6 +182,11 @@ def _(call: Call, a: Number, b: Number) -> Real:
     pairs = zip(split(a), split(b), strict=True)
     re, im = (fill(call.edit, x, call.shape, torch.float32).call(call.op, y or 0.0) for x, y in pairs)
     return re.call(both.default, im)
+
+
+def _factor(call: Call, value: Number) -> tuple[Part, Part]:
+    """Both parts of a number; a mask of booleans or integers becomes one of the result's dtype."""
+    return split(value.cast(call.dtype) if isinstance(value, Real) else value)
 
 
 def _product(a: tuple[Part, Part], b: tuple[Part, Part]) -> tuple[Part, Part]:
