@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mobilemix.capture import capture
 from mobilemix.errors import UnsupportedOpError
+from mobilemix.passes import lower
 from mobilemix.passes.complex_to_real import ComplexToReal, dft
 from mobilemix.passes.complex_to_real.table import RULES
 
@@ -180,6 +181,36 @@ def test_operators_between_transforms(name: str) -> None:
         return torch.view_as_real(y) if y.is_complex() else y
 
     check(function, signal(2, 4, 6, 6))
+
+
+SAME_SHAPE = [
+    *("scale", "imaginary scale", "shift", "reverse", "alpha", "product", "polar", "exponential", "negative", "mask"),
+    *("real branch", "chunk", "reshape", "roll", "shifted", "view", "both parts", "softshrink", "constants", "cast"),
+    *("normalised", "filled", "binary mask"),
+]
+COMPOSED_TOLERANCE = 2e-5
+"""Products and exponentials of products lose digits in eager float32 as well."""
+
+
+@pytest.mark.slow
+@given(
+    names=st.lists(st.sampled_from(SAME_SHAPE), min_size=2, max_size=5),
+    shape=st.tuples(st.integers(1, 2), st.sampled_from([2, 4]), st.integers(2, 9), st.integers(2, 9)),
+    norm=NORMS,
+)
+@settings(max_examples=400, deadline=None)
+def test_operators_compose(names: list[str], shape: tuple[int, ...], norm: str | None) -> None:
+    def function(x: Tensor) -> Tensor:
+        z = torch.fft.rfft2(x, norm="ortho")
+        for name in names:
+            z = SPECTRA[name](z)
+            z = z / (1 + z.abs().amax())
+        return x + torch.fft.irfft2(z, s=x.shape[-2:], norm=norm)
+
+    module, x = Function(function), signal(*shape)
+    program, _ = lower(capture(module, (x,)))
+    assert_real(program)
+    assert relative_error(program, module, x) < COMPOSED_TOLERANCE
 
 
 @given(
