@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from passes_checks import TOLERANCE, assert_real, operators, relative_error
+from passes_checks import TOLERANCE, assert_real, operators, relative_error, widened
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +13,7 @@ from mobilemix.passes import PASSES, lower
 
 SMALLEST = ("affnet_et", "casvit_xs", "efficientvim_m1", "dualtoken_vit_tiny")
 SMALL_INPUT = 64
+FLOAT64_TOLERANCE = 1e-14
 BACKBONE_TOLERANCE = 1e-5
 """Deep networks with new weights amplify rounding; eager float32 is no closer to float64."""
 
@@ -34,7 +35,7 @@ class AFNO(nn.Module):
         modes = int((height // 2 + 1) * self.kept)
         rows = slice(height // 2 + 1 - modes, height // 2 + 1 + modes)
         kept = z[:, rows, :modes]
-        out_re, out_im = torch.zeros(z.shape), torch.zeros(z.shape)
+        out_re, out_im = torch.zeros_like(z.real), torch.zeros_like(z.real)
 
         def layer(re: Tensor, im: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             mix = lambda part, weight: torch.einsum("...bi,bio->...bo", part, weight)  # noqa: E731
@@ -154,6 +155,16 @@ def test_a_lowered_program_has_nothing_left_to_lower() -> None:
     again, modified = lower(program)
     assert again is program
     assert modified == ()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_program_in_float64_stays_exact(name: str) -> None:
+    module, shape = BLOCKS[name]
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        program, _ = lower(torch.export.export(widened(module), (x,)).run_decompositions({}))
+    assert_real(program)
+    assert relative_error(program, module, x) < FLOAT64_TOLERANCE
 
 
 def test_dynamic_shapes_are_refused() -> None:
