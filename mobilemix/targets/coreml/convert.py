@@ -24,7 +24,9 @@ from typing import Any
 
 import coremltools as ct
 import numpy as np
-from coremltools.converters.mil.mil import Program
+import torch
+from coremltools.converters.mil.mil import Block, Program
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 
@@ -46,6 +48,15 @@ NORMALISATION_KEY = "mobilemix.normalisation"
 _CHANNEL_LAYOUTS = {1: ct.colorlayout.GRAYSCALE, 3: ct.colorlayout.RGB}
 _SPECIFICATION_PATH = Path("Data/com.apple.CoreML/model.mlmodel")
 _WEIGHTS_PATH = Path("Data/com.apple.CoreML/weights")
+_WHOLE = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("adaptive_avg_pool2d", "batch_norm", "chunk", "conv1d", "conv2d", "group_norm", "layer_norm", "linear"),
+        *("matmul", "max_pool2d", "reshape", "softmax", "square"),
+    )
+)
+"""Composite operators that coremltools converts as they are."""
+
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://developer.apple.com/documentation/coreml")
 
 
@@ -105,16 +116,26 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unvalidated() -> Iterator[None]:
-    """Let coremltools run its passes without validating the whole program after each of them.
+    """Let coremltools run its passes without checking and annotating the whole program after each of them.
 
-    That is 40 % of a conversion's time, and what it could find does not get past executing the saved package.
+    Both take half of a conversion's time. What validation could find does not get past executing the saved package, and
+    what is annotated, the reach of compressed weights, is nothing in a float program.
     """
-    validate = Program.validate
-    Program.validate = lambda *_arguments, **_options: None
+    validate, annotate = Program.validate, Block._propagate_nonreplaceable_vars
+    Program.validate = Block._propagate_nonreplaceable_vars = lambda *_arguments, **_options: None
     try:
         yield
     finally:
-        Program.validate = validate
+        Program.validate, Block._propagate_nonreplaceable_vars = validate, annotate
+
+
+class _InAten(ExportedProgram):
+    """A program that needs no decomposition, in the dialect that coremltools asks for."""
+
+    @property
+    def dialect(self) -> str:
+        """`run_decompositions` would set it, at the price of retracing the whole program."""
+        return "ATEN"
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,9 +143,23 @@ def _decomposed(program: ExportedProgram, std: tuple[float, ...] | None) -> Expo
     """In the dialect that coremltools reads; kept because verification converts the same program in float32."""
     if std is not None:
         program = take_unscaled(program, std)
-    decomposed: ExportedProgram = distinct_outputs(program).run_decompositions({})
+    program = distinct_outputs(program)
+    if all(map(_is_read_as_it_is, program.graph.nodes)):
+        whole = _InAten.__new__(_InAten)
+        whole.__dict__.update(program.__dict__)
+        return whole
+    decomposed: ExportedProgram = program.run_decompositions({})
     _restore_names(decomposed)
     return decomposed
+
+
+def _is_read_as_it_is(node: fx.Node) -> bool:
+    """Whether coremltools reads a call as `torch.export` captures it, and not only what decompositions leave of it."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    assert isinstance(node.target, torch._ops.OpOverload)
+    composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return not node.target._schema.is_mutable and (not composite or node.target._schema.name in _WHOLE)
 
 
 def _restore_names(decomposed: ExportedProgram) -> None:

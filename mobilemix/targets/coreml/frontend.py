@@ -14,3 +14,14 @@ def gelu(context: Any, node: Any) -> None:
     approximate = _get_kwinputs(context, node, "approximate")
     is_tanh = approximate is not None and approximate[0] == "tanh"
     context.add(mb.gelu(x=x, mode="TANH_APPROXIMATION" if is_tanh else "EXACT", name=node.name))
+
+
+@register_torch_op  # type: ignore[untyped-decorator]
+def chunk(context: Any, node: Any) -> None:
+    """The stock readers know it from TorchScript only: equal parts, but for a smaller last one."""
+    x, count, *dim = _get_inputs(context, node, min_expected=2)
+    axis = dim[0].val if dim else 0
+    total = x.shape[axis]
+    size = -(-total // count.val)
+    sizes = [min(size, total - start) for start in range(0, total, size)]
+    context.add(mb.split(x=x, split_sizes=sizes, axis=axis, name=node.name), torch_name=node.name)
