@@ -130,12 +130,12 @@ def _unvalidated() -> Iterator[None]:
 
 
 class _InAten(ExportedProgram):
-    """A program that needs no decomposition, in the dialect that coremltools asks for."""
+    """A program that needs no decomposition, in the dialect that coremltools asks for.
 
-    @property
-    def dialect(self) -> str:
-        """`run_decompositions` would set it, at the price of retracing the whole program."""
-        return "ATEN"
+    `run_decompositions` would set it, too, at the price of retracing the whole program.
+    """
+
+    dialect = "ATEN"
 
 
 @functools.lru_cache(maxsize=1)

@@ -36,3 +36,32 @@ def test_chunks_even_and_uneven(tmp_path, count, dim):
     (expected,) = parity.reference(Net(), [sample]).outputs[0]
     runner = PackageRunner(read_package(tmp_path / "net.mlpackage"))
     assert parity.relative_l2(runner.run(sample)["output"], expected) < BUILD_RELATIVE_L2
+
+
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_is_one_operation_that_stays_within_fp16(tmp_path, groups, affine):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 1)
+            self.norm = nn.GroupNorm(groups, 6, eps=1e-3, affine=affine)
+            with torch.no_grad():
+                for index, parameter in enumerate(self.norm.parameters()):
+                    parameter.copy_(torch.linspace(-1, 2, 6) + index)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.stem(image) * 2000)
+
+    torch.manual_seed(0)
+    module = Net().eval()
+    lowered = case.lowered(module, output_names=("output",))
+    (sample,) = case.samples()
+    (expected,) = parity.reference(module, [sample]).outputs[0]
+    for recipe, limit in ((case.FP32, BUILD_RELATIVE_L2), (case.FP16, parity.TIERS["fp16"].relative_l2)):
+        path = tmp_path / f"{recipe.precision}.mlpackage"
+        convert(lowered, recipe, path)
+        assert parity.relative_l2(PackageRunner(read_package(path)).run(sample)["output"], expected) < limit
+        types = [each.type for each in read_package(path).operations]
+        assert types.count("layer_norm") == 1
+        assert "square" not in types
