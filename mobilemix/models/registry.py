@@ -97,7 +97,7 @@ _SPECS = (
         "affnet_et_flowers",
         "affnet_et",
         AFFNET,
-        192,
+        160,
         options=(("num_classes", 5),),
         weights="affnet_et_flowers.safetensors",
         labels="affnet_et_flowers.txt",

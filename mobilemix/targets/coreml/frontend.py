@@ -31,8 +31,8 @@ def chunk(context: Any, node: Any) -> None:
 @register_torch_op(override=True)  # type: ignore[untyped-decorator]
 def group_norm(context: Any, node: Any) -> None:
     """One `layer_norm` instead of the stock reader's eight operations, whose squares leave fp16's range beyond 256."""
-    inputs = _get_inputs(context, node, min_expected=2)
-    x, groups, weight, bias, epsilon = (*inputs[:5], *[None] * (5 - len(inputs)))
+    inputs: list[Any] = _get_inputs(context, node, min_expected=2)
+    x, groups, weight, bias, epsilon = inputs[:5] + [None] * (5 - len(inputs))
     weight = _get_kwinputs(context, node, "weight", default=[weight])[0]
     bias = _get_kwinputs(context, node, "bias", default=[bias])[0]
     epsilon = np.array(1e-5 if epsilon is None else epsilon.val, np.float32)
