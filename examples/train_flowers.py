@@ -1,8 +1,10 @@
 """Trains an AFFNet-ET classifier from scratch on a folder of images, on a laptop's CPU or on a GPU.
 
-The folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``. The checkpoint that mobilemix ships was made with:
+The folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``. The checkpoint that mobilemix ships was made with
 
-    python examples/train_flowers.py --data flowers --minutes 100 --out run
+    python examples/train_flowers.py --data flowers --minutes 106 --out run
+
+but for its first 15 epochs, whose settings differed; mobilemix/assets/README.md tells how.
 
 A training that has a time budget spends it whole: progress, and with it the learning rate and the image size, follows
 the clock, so that a busy machine gets fewer epochs and still a complete schedule. ``--epochs`` counts epochs instead,
