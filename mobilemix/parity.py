@@ -35,9 +35,11 @@ class Tolerance:
 TIERS: Mapping[str, Tolerance] = {
     # Float32 with another order of summation. The four families measure 2e-7 to 6e-6 (docs/exports.md).
     "fp32": Tolerance(relative_l2=1e-5, cosine=1 - 1e-9),
-    # Every value rounded to 11 bits of significand, through 50 to 200 layers. They measure 5e-4 to 7e-3. Too loose to
-    # find a fault on its own: the targets that offer fp16 bring exact checks beside it.
-    "fp16": Tolerance(relative_l2=1e-2, cosine=1 - 1e-4),
+    # Every value rounded to 11 bits of significand, through 50 to 200 layers: 2e-4 to 2e-3 on photographs. On noise, of
+    # which a trained network makes next to nothing, small logits are what large activations leave, and the same
+    # rounding is a larger share of them: up to 3e-2. Too loose to find a fault, which is not its task: the targets that
+    # offer fp16 prove the program and its weights equal to the float32 ones, exactly.
+    "fp16": Tolerance(relative_l2=5e-2, cosine=1 - 2e-3),
 }
 
 

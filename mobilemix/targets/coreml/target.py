@@ -153,7 +153,7 @@ def _range_check(build: PackageRunner, equivalence: Equivalence, samples: Sequen
 def _native_check(runner: PackageRunner, path: Path, samples: Sequence[Inputs]) -> Check:
     """Let Core ML itself predict, where there is one; images are rounded to 8 bits for both."""
     if platform.system() != "Darwin":
-        return Check("native", None, "not run: Core ML itself needs macOS")
+        return Check("native", None, "Core ML itself needs macOS")
     feed = runner.feed(samples[-1])
     given: dict[str, Any] = dict(feed)
     if runner.normalisation is not None:
