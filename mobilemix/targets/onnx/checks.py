@@ -10,14 +10,14 @@ import onnx
 import torch
 
 from mobilemix.errors import TargetError
-from mobilemix.parity import relative_l2
+from mobilemix.parity import TIERS, relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered
 from mobilemix.targets.onnx.convert import check, write
 from mobilemix.targets.onnx.half import LARGEST, SUFFIXES, to_half
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 
-OPTIMISATION_TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}
+OPTIMISATION_TOLERANCE = {"fp32": 1e-5, "fp16": TIERS["fp16"].relative_l2}
 """Largest relative L2 distance between ONNX Runtime with and without its graph optimisations: rounding alone."""
 
 TWIN_TOLERANCE = 1e-5
