@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
-from mobilemix.errors import CaptureError
+from mobilemix.errors import CaptureError, MobilemixError
 from mobilemix.passes.base import arguments, describe_place, source
 
 aten = torch.ops.aten
@@ -37,6 +37,8 @@ def capture(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
             program = torch.export.export(model, inputs, strict=False)
             if not _functionalise(program.graph):
                 program = program.run_decompositions({})
+    except MobilemixError:
+        raise  # our backbones say themselves what they cannot take
     except Exception as error:  # besides its own errors, torch.export raises whatever the user's forward raises
         raise CaptureError(_explain(error)) from error
     _refuse_training(program)

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from mobilemix.errors import MobilemixError, OutputError
+from mobilemix.errors import OutputError
 
 _STAGING = ".mobilemix-"
 
@@ -34,16 +34,12 @@ def staging(folder: Path) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another folder with -o") from error
         yield stage
-    except MobilemixError:
-        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}; free some space, or see -o") from error
     except Exception as error:
         # Native writers (coremltools, onnx) report a full disk in words of their own; the free space says it plainly.
-        if shutil.disk_usage(folder).free < 1_000_000:
-            raise OutputError(
-                f"cannot write to {folder}: no space left; free some or choose another with -o"
-            ) from error
-        if isinstance(error, OSError) and error.filename and Path(error.filename).is_relative_to(folder):
-            raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
+        if not isinstance(error, OutputError) and shutil.disk_usage(folder).free < 1_000_000:
+            raise OutputError(f"cannot write to {folder}: no space left; free some, or see -o") from error
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)

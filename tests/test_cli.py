@@ -111,6 +111,7 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
         (["export", "--recipe", "none.toml"], "cannot read the recipe none.toml"),
         (["export", "nowhere.py:make", "--input", "1x3x8x8"], "there is no file nowhere.py"),
         (["export", "efficientvim_m1", "--input", "3x224x224"], "one input of 4 dimensions"),
+        (["export", "dualtoken_vit_tiny", "--input", "1x3x100x100"], "error: DualToken-ViT takes heights and widths"),
         (["export", "--colour"], "No such option: --colour"),
         (["exprt"], "No such command 'exprt'"),
         (["verify"], "Missing argument"),

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import subprocess
@@ -56,6 +57,12 @@ def test_an_unwritable_folder_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match="Permission denied"), files.staging(tmp_path):
         pass
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    with pytest.raises(OutputError, match=r"cannot write to .*No space left on device"), files.staging(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert tree(tmp_path) == []
 
 
 def test_a_full_disk_is_said_plainly_whatever_the_writer_says(tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     classifier = _classifier(lowered, program)
     precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.precision.FLOAT16
     with (
-        tempfile.TemporaryDirectory(dir=destination.parent) as folder,
+        tempfile.TemporaryDirectory() as folder,  # elsewhere: a full destination is then our own write that fails
         _one_line_errors(program),
         quiet(),
         _unvalidated(),
