@@ -251,7 +251,9 @@ def _write(specification: Any, weights: Path, destination: Path) -> None:
     file = destination / _SPECIFICATION_PATH
     file.parent.mkdir(parents=True)
     file.write_bytes(_serialised(specification))
-    shutil.copytree(weights, destination / _WEIGHTS_PATH)
+    (destination / _WEIGHTS_PATH).mkdir()
+    for stored in weights.iterdir():  # not copytree, whose errors are lists
+        shutil.copyfile(stored, destination / _WEIGHTS_PATH / stored.name)
     items = {
         _SPECIFICATION_PATH: ("model.mlmodel", "CoreML Model Specification"),
         _WEIGHTS_PATH: ("weights", "CoreML Model Weights"),
