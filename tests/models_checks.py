@@ -1,8 +1,11 @@
 """What the tests of every family of backbones need: inputs, weights without symmetries, and the check of a capture."""
 
 import models_fidelity
+import pytest
 import torch
 from torch import Tensor, nn
+
+from mobilemix.errors import InputError
 
 EXPORT_TOLERANCE = 1e-5
 GAIN = 0.7  # keeps the activations of the deepest backbones in range
@@ -33,3 +36,18 @@ def assert_exports(model: nn.Module, x: Tensor, max_rank: int = 4) -> None:
     ]
     assert mutating == []
     assert max(node.meta["val"].ndim for node in calls if isinstance(node.meta["val"], Tensor)) <= max_rank
+
+
+def assert_runs_at(model: nn.Module, size: tuple[int, int], classes: int) -> None:
+    """Asserts that a classifier of one channel answers with finite logits at `size`."""
+    with torch.no_grad():
+        logits = model(image(1, 1, *size))
+    assert logits.shape == (1, classes)
+    assert logits.isfinite().all()
+
+
+def assert_refuses_what_is_no_image(model: nn.Module) -> None:
+    """Asserts that a model of three channels refuses a wrong rank, wrong channels and an empty side."""
+    for shape in [(3, 64, 64), (1, 1, 64, 64), (1, 3, 0, 64), (1, 3, 64, 0)]:
+        with pytest.raises(InputError, match=r"expected an image \(batch, 3, height, width\)"):
+            model(torch.zeros(shape))
