@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,8 +60,8 @@ class Prepared:
 
     Attributes:
         source: the model as it came.
-        lowered: the same after capture and passes.
-        passes: names of the passes that changed something.
+        lowered: the same after capture and the passes that all targets share.
+        passes: names of those that changed something.
         seconds: wall time by stage.
     """
 
@@ -121,7 +121,8 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
     with stages("capture"):
         program = capture(source.module, tuple(torch.zeros(shape) for shape in source.input_shapes))
     with stages("rewrite"):
-        program, passes = lower(program)
+        passes: list[str] = []
+        program = lower(program, log=passes.append)
     outputs = _output_shapes(program)
     preprocess = source.preprocess
     lowered = Lowered(
@@ -134,23 +135,24 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
         labels=_labels(labels, source, outputs[0]),
         metadata={**source.metadata, "version": __version__},
     )
-    return Prepared(source, lowered, passes, stages.seconds)
+    return Prepared(source, lowered, _distinct(passes), stages.seconds)
 
 
 def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listener = _silent) -> Export:
     """Compile a prepared model for the recipe's target, verify the file and write its manifest; raises as `export`."""
     target = find_target(recipe.target)
     recipe = _resolve(recipe, target, prepared)
-    provenance = _provenance(prepared, recipe)
-    metadata = {**prepared.lowered.metadata, "mobilemix.provenance": dumps(provenance, indent=None)}
-    lowered = dataclasses.replace(prepared.lowered, metadata=metadata)
     stages = _Stages(listener)
     with files.staging(folder) as stage:
         artifact = stage / f"{prepared.source.name}{target.suffix}"
         with stages("compile"):
+            lowered, passes = _specialise(prepared, target)
+            provenance = _provenance(prepared, passes, recipe)
+            metadata = {**lowered.metadata, "mobilemix.provenance": dumps(provenance, indent=None)}
+            lowered = dataclasses.replace(lowered, metadata=metadata)
             target.compile(lowered, recipe, artifact)
         with stages("verify"):
-            parity = _verify(prepared, target, recipe, artifact)
+            parity = _verify(prepared, lowered, target, recipe, artifact)
         manifest = Manifest(
             recipe=recipe,
             provenance=provenance,
@@ -203,7 +205,9 @@ def verify(
     stages = _Stages(listener)
     prepared = prepare(recipe, module=module, listener=listener)
     with stages("verify"):
-        parity = _verify(prepared, find_target(recipe.target), recipe, artifact)
+        target = find_target(recipe.target)
+        lowered, _ = _specialise(prepared, target)
+        parity = _verify(prepared, lowered, target, recipe, artifact)
     unchanged = Check(
         "unchanged",
         files.sha256(artifact) == manifest.artifact["sha256"],
@@ -217,8 +221,18 @@ def verify(
     return dataclasses.replace(parity, checks=(*parity.checks, unchanged, same))
 
 
-def _verify(prepared: Prepared, target: Target, recipe: Recipe, artifact: Path) -> Parity:
-    lowered = prepared.lowered
+def _specialise(prepared: Prepared, target: Target) -> tuple[Lowered, tuple[str, ...]]:
+    """The model after the target's own passes too, and the names of all passes that changed something."""
+    passes = list(prepared.passes)
+    program = lower(prepared.lowered.program, target.passes, log=passes.append)
+    return dataclasses.replace(prepared.lowered, program=program), _distinct(passes)
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe, artifact: Path) -> Parity:
     tolerance = TIERS[str(recipe.precision)]
     if recipe.tolerance is not None:
         tolerance = dataclasses.replace(tolerance, relative_l2=recipe.tolerance)
@@ -261,7 +275,7 @@ def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
     return dataclasses.replace(recipe, precision=cast(Precision, precision), input=kind, input_shapes=shapes)
 
 
-def _provenance(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe) -> dict[str, Any]:
     source, lowered = prepared.source, prepared.lowered
     outputs = zip(lowered.output_names, _output_shapes(lowered.program), strict=True)
     return {
@@ -277,7 +291,7 @@ def _provenance(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
         "labels": len(lowered.labels) if lowered.labels else 0,
         "target": recipe.target,
         "precision": recipe.precision,
-        "passes": prepared.passes,
+        "passes": passes,
         "versions": versions(),
     }
 

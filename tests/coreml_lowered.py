@@ -46,7 +46,7 @@ class Mixer(nn.Module):
 
 def lowered(module: nn.Module | None = None, shape: tuple[int, ...] = (1, 3, SIZE, SIZE), **changes: Any) -> Lowered:
     """`module` (a seeded `Mixer` by default) captured and rewritten, with no labels unless `changes` say otherwise."""
-    program, _ = lower(capture(module or seeded(Mixer()), (torch.zeros(shape),)))
+    program = lower(capture(module or seeded(Mixer()), (torch.zeros(shape),)))
     made = Lowered("mixer", program, ("image",), ("logits",), MEAN, STD, None, {"author": "mobilemix"})
     return dataclasses.replace(made, **changes)
 

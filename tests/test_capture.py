@@ -42,7 +42,7 @@ def test_outputs_need_not_be_tensors() -> None:
             return torch.fft.fft(x).real, None, 3, x
 
     x = torch.randn(2, 3)
-    program, _ = lower(capture(Module(), (x,)))
+    program = lower(capture(Module(), (x,)))
     found = program.module()(x)
     assert found[1:3] == (None, 3)
     assert torch.equal(found[3], x)

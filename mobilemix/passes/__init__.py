@@ -1,6 +1,6 @@
 """Rewrites of an ExportedProgram that every target shares: `lower` runs them all, in the order of `PASSES`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch.export import ExportedProgram
 
@@ -48,16 +48,17 @@ PASSES: tuple[Pass, ...] = (
 
 
 def lower(
-    program: ExportedProgram, log: Callable[[str], None] | None = None
-) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """Run `PASSES` over a captured program.
+    program: ExportedProgram, passes: Sequence[Pass] = PASSES, *, log: Callable[[str], None] | None = None
+) -> ExportedProgram:
+    """Rewrite a captured program into plain operators: no complex tensor, no Fourier transform.
 
     Args:
-        program: as `mobilemix.capture.capture` returns it; it is not changed.
-        log: called with the name of each pass before it runs.
+        program: as `mobilemix.capture.capture` or `torch.export.export` returns it; it is not changed.
+        passes: what to run, in order.
+        log: told the name of each pass that changed something.
 
     Returns:
-        The rewritten program, and the names of the passes that changed something, in order, each once.
+        The rewritten program, of the same inputs and outputs; the very same one if there was nothing to rewrite.
 
     Raises:
         UnsupportedOpError: the model does something with complex tensors for which there is no rule, or the program was
@@ -67,12 +68,9 @@ def lower(
     if program.range_constraints:
         sizes = ", ".join(map(str, program.range_constraints))
         raise UnsupportedOpError(f"the program has dynamic shapes ({sizes}); export it with fixed ones")
-    modified: dict[str, None] = {}
-    for step in PASSES:
-        if log is not None:
-            log(step.name)
+    for step in passes:
         result = step(program)
         program = result.program
-        if result.modified:
-            modified[step.name] = None
-    return program, tuple(modified)
+        if result.modified and log is not None:
+            log(step.name)
+    return program

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from torch.export import ExportedProgram
 
+from mobilemix.passes import Pass
 from mobilemix.recipe import Recipe
 
 Array = np.ndarray
@@ -78,6 +79,8 @@ class Target(Protocol):
     """Valid precisions, the default first."""
     takes_images: bool
     """Whether an artifact can declare an image as its input, with the normalisation inside."""
+    passes: tuple[Pass, ...]
+    """Rewrites for this target alone, after those that all share; `compile` gets a program that went through both."""
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         """Write the artifact to `destination`, a temporary path that the caller renames.

@@ -69,6 +69,7 @@ class CoreMLTarget:
     suffix = ".mlpackage"
     precisions = ("fp16", "fp32")
     takes_images = True
+    passes = ()
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         """See `mobilemix.targets.coreml.convert.convert`, and its errors."""

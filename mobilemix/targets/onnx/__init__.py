@@ -18,6 +18,7 @@ class OnnxTarget:
     suffix = ".onnx"
     precisions = ("fp32", "fp16")
     takes_images = False
+    passes = ()
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         """Write the file; see `convert.write`."""
