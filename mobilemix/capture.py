@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+import mobilemix.ops  # noqa: F401, registers the scans
 from mobilemix.errors import CaptureError, MobilemixError
 from mobilemix.passes.base import arguments, describe_place, source
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch.export import ExportedProgram
 
+import mobilemix.ops  # noqa: F401, registers the scans
 from mobilemix.errors import UnsupportedOpError
 from mobilemix.passes.base import Pass, PassError, PassResult
 from mobilemix.passes.complex_to_real import ComplexToReal
