@@ -4,7 +4,7 @@ import pytest
 import torch
 from passes_checks import TOLERANCE, assert_real, operators, relative_error, widened
 from torch import Tensor, nn
-from torch.nn import functional as F
+from zoo_fourier import AFNO, FNet, GFNetBlock, LongConvolution, SpectralConvolution
 
 from mobilemix.capture import capture
 from mobilemix.errors import UnsupportedOpError
@@ -18,91 +18,10 @@ BACKBONE_TOLERANCE = 1e-5
 """Deep networks with new weights amplify rounding; eager float32 is no closer to float64."""
 
 
-class AFNO(nn.Module):
-    """Adaptive Fourier neural operator (arXiv 2111.13587, section 4): a complex MLP on some frequencies."""
-
-    def __init__(self, channels: int, blocks: int, kept: float):
-        super().__init__()
-        self.blocks, self.size, self.kept = blocks, channels // blocks, kept
-        self.w1 = nn.Parameter(0.2 * torch.randn(2, blocks, self.size, 2 * self.size))
-        self.b1 = nn.Parameter(0.2 * torch.randn(2, blocks, 2 * self.size))
-        self.w2 = nn.Parameter(0.2 * torch.randn(2, blocks, 2 * self.size, self.size))
-        self.b2 = nn.Parameter(0.2 * torch.randn(2, blocks, self.size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        z = torch.fft.rfft2(x, dim=(1, 2), norm="ortho").reshape(batch, height, width // 2 + 1, self.blocks, self.size)
-        modes = int((height // 2 + 1) * self.kept)
-        rows = slice(height // 2 + 1 - modes, height // 2 + 1 + modes)
-        kept = z[:, rows, :modes]
-        out_re, out_im = torch.zeros_like(z.real), torch.zeros_like(z.real)
-
-        def layer(re: Tensor, im: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-            mix = lambda part, weight: torch.einsum("...bi,bio->...bo", part, weight)  # noqa: E731
-            return mix(re, w[0]) - mix(im, w[1]) + b[0], mix(im, w[0]) + mix(re, w[1]) + b[1]
-
-        re, im = (F.relu(part) for part in layer(kept.real, kept.imag, self.w1, self.b1))
-        out_re[:, rows, :modes], out_im[:, rows, :modes] = layer(re, im, self.w2, self.b2)
-        y = torch.view_as_complex(F.softshrink(torch.stack((out_re, out_im), -1), 0.01))
-        return x + torch.fft.irfft2(y.flatten(3), s=(height, width), dim=(1, 2), norm="ortho")
-
-
-class GFNet(nn.Module):
-    """Global filter layer (arXiv 2107.00645, section 3.2) on tokens (B, N, C), between norm and MLP."""
-
-    def __init__(self, channels: int, height: int, width: int):
-        super().__init__()
-        self.size = (height, width)
-        self.norm, self.mlp = nn.LayerNorm(channels), nn.Linear(channels, channels)
-        self.filter = nn.Parameter(0.02 * torch.randn(height, width // 2 + 1, channels, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(x).view(x.shape[0], *self.size, -1)
-        z = torch.fft.rfft2(z, dim=(1, 2), norm="ortho") * torch.view_as_complex(self.filter)
-        z = torch.fft.irfft2(z, s=self.size, dim=(1, 2), norm="ortho").reshape(x.shape)
-        return x + self.mlp(z)
-
-
-class FNet(nn.Module):
-    """Fourier sublayer (arXiv 2105.03824, equation 3): the real part of a transform over tokens and channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
-
-
-class SpectralConvolution(nn.Module):
-    """Fourier layer of FNO (arXiv 2010.08895, section 4): a complex matrix for each of the lowest modes."""
-
-    def __init__(self, channels: int, modes: int):
-        super().__init__()
-        self.modes, self.pointwise = modes, nn.Conv2d(channels, channels, 1)
-        self.weights = nn.Parameter(0.2 * torch.randn(2, channels, channels, modes, modes, dtype=torch.complex64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        z, m = torch.fft.rfft2(x), self.modes
-        out = torch.zeros_like(z)
-        out[:, :, :m, :m] = torch.einsum("bixy,ioxy->boxy", z[:, :, :m, :m], self.weights[0])
-        out[:, :, -m:, :m] = torch.einsum("bixy,ioxy->boxy", z[:, :, -m:, :m], self.weights[1])
-        return F.gelu(torch.fft.irfft2(out, s=x.shape[-2:]) + self.pointwise(x))
-
-
-class LongConvolution(nn.Module):
-    """Convolution as long as the sequence, by FFT (Hyena, arXiv 2302.10866, appendix A)."""
-
-    def __init__(self, channels: int, length: int):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(channels, length) / length)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = 2 * x.shape[-1]
-        spectrum = torch.fft.rfft(self.kernel, n=n) * torch.fft.rfft(x, n=n)
-        return torch.fft.irfft(spectrum, n=n)[..., : x.shape[-1]]
-
-
 BLOCKS = {
     "AFNO": (AFNO(8, 2, 0.5), (2, 8, 10, 8)),
     "AFNO, all frequencies": (AFNO(8, 2, 1.0), (1, 6, 6, 8)),
-    "GFNet": (GFNet(6, 7, 5), (2, 35, 6)),
+    "GFNet": (GFNetBlock(6, 7, 5), (2, 35, 6)),
     "FNet": (FNet(), (2, 12, 10)),
     "FNO": (SpectralConvolution(4, 3), (2, 4, 9, 10)),
     "long convolution": (LongConvolution(3, 20), (2, 3, 20)),
