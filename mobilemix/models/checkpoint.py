@@ -189,9 +189,10 @@ def _summary(names: Collection[str], others: Collection[str]) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 in hexadecimal over names, dtypes, shapes and bytes of the state dict, in the order of the names."""
+    """SHA-256 in hexadecimal over names, dtypes, shapes and bytes of the state dict's tensors, by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    state: dict[str, Any] = module.state_dict()  # some modules add more than tensors to it
+    for name, tensor in sorted((name, value) for name, value in state.items() if isinstance(value, Tensor)):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -241,3 +241,13 @@ def test_fingerprint_sees_names_dtypes_shapes_and_bytes() -> None:
     assert len(set(prints)) == len(prints)
     assert of(a=zeros, b=zeros + 1) == of(b=zeros + 1, a=zeros.t().contiguous().t())
     assert of(a=zeros) == hashlib.sha256(b"a\0torch.float32\0(2, 2)\0" + bytes(16)).hexdigest()
+
+
+def test_fingerprint_is_of_tensors_alone() -> None:
+    class Versioned(nn.Linear):
+        def get_extra_state(self) -> object:
+            return {"version": 2}
+
+    plain, versioned = nn.Linear(2, 2), Versioned(2, 2)
+    versioned.load_state_dict(plain.state_dict(), strict=False)
+    assert checkpoint.fingerprint(versioned) == checkpoint.fingerprint(plain)
