@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 
 from mobilemix import __version__, assets, files
 from mobilemix.capture import capture
@@ -24,6 +23,7 @@ from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import lower
 from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
+from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import Source, load_source
 from mobilemix.targets import find_target
 from mobilemix.targets.base import Check, Inputs, Lowered, Target
@@ -61,29 +61,32 @@ class Prepared:
     Attributes:
         source: the model as it came.
         lowered: the same after capture and the passes that all targets share.
+        output_dtypes: of the source's outputs.
         passes: names of those that changed something.
         seconds: wall time by stage.
     """
 
     source: Source
     lowered: Lowered
+    output_dtypes: tuple[str, ...]
     passes: tuple[str, ...]
     seconds: Mapping[str, float]
 
     @functools.cached_property
     def samples(self) -> dict[str, list[Inputs]]:
         """Inputs to compare on: noise, and the shipped photographs if the input is an image of batch 1."""
-        names, shapes = self.lowered.input_names, self.source.input_shapes
-        samples = {"noise": noise(names, shapes, NOISE_SAMPLES)}
-        if self.source.preprocess is not None and shapes[0][0] == 1:
+        inputs = inputs_of(self.lowered.program)
+        samples = {"noise": noise(inputs, NOISE_SAMPLES)}
+        if self.source.preprocess is not None and inputs[0].shape[0] == 1:
             photographs = assets.photographs()[:PHOTOGRAPHS]
-            samples["photographs"] = [{names[0]: self.source.preprocess(path)} for path in photographs]
+            samples["photographs"] = [{inputs[0].name: self.source.preprocess(path)} for path in photographs]
         return samples
 
     @functools.cached_property
     def references(self) -> dict[str, Reference]:
         """What the source model answers to the samples."""
-        return {name: reference(self.source.module, samples) for name, samples in self.samples.items()}
+        complex_names = self.lowered.complex_names
+        return {name: reference(self.source.module, samples, complex_names) for name, samples in self.samples.items()}
 
 
 def export(
@@ -99,7 +102,7 @@ def export(
         model: a registry name, `path/to/file.py:factory`, `package.module:factory`, or a module.
         output: folder for the artifact and its manifest.
         listener: told the name of each stage as it begins.
-        **options: the other fields of `Recipe` (target, precision, input_shapes, …).
+        **options: the other fields of `Recipe` (target, precision, input_shapes, input_dtypes, …).
 
     Returns:
         The export; a failed verification is in its `parity`, not an exception.
@@ -119,23 +122,28 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
     with stages("load"):
         source = load_source(recipe, module)
     with stages("capture"):
-        program = capture(source.module, tuple(torch.zeros(shape) for shape in source.input_shapes))
+        captured = capture(source.module, _example(source))
     with stages("rewrite"):
         passes: list[str] = []
-        program = lower(program, log=passes.append)
-    outputs = _output_shapes(program)
+        program = lower(captured, log=passes.append)
+    input_names = tuple(each.name for each in inputs_of(program))
+    shapes = [shape for shape, _ in outputs_of(program)]
+    output_names = _output_names(shapes)
+    output_dtypes = tuple(dtype for _, dtype in outputs_of(captured))
+    source_dtypes = zip((*input_names, *output_names), (*source.input_dtypes, *output_dtypes), strict=True)
     preprocess = source.preprocess
     lowered = Lowered(
         name=source.name,
         program=program,
-        input_names=tuple(str(name) for name in program.graph_signature.user_inputs),
-        output_names=_output_names(outputs),
+        input_names=input_names,
+        output_names=output_names,
         mean=preprocess.mean if preprocess else None,
         std=preprocess.std if preprocess else None,
-        labels=_labels(labels, source, outputs[0]),
+        labels=_labels(labels, source, shapes[0]),
         metadata={**source.metadata, "version": __version__},
+        complex_names=frozenset(name for name, dtype in source_dtypes if dtype.startswith("complex")),
     )
-    return Prepared(source, lowered, _distinct(passes), stages.seconds)
+    return Prepared(source, lowered, output_dtypes, _distinct(passes), stages.seconds)
 
 
 def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listener = _silent) -> Export:
@@ -147,7 +155,7 @@ def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listen
         artifact = stage / f"{prepared.source.name}{target.suffix}"
         with stages("compile"):
             lowered, passes = _specialise(prepared, target)
-            provenance = _provenance(prepared, passes, recipe)
+            provenance = _provenance(prepared, passes, recipe, target)
             metadata = {**lowered.metadata, "mobilemix.provenance": dumps(provenance, indent=None)}
             lowered = dataclasses.replace(lowered, metadata=metadata)
             target.compile(lowered, recipe, artifact)
@@ -271,13 +279,26 @@ def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
         )
         raise InputError(f"{reason}; use --input tensor")
     kind: InputKind = recipe.input or ("image" if possible else "tensor")
-    shapes = prepared.source.input_shapes
-    return dataclasses.replace(recipe, precision=cast(Precision, precision), input=kind, input_shapes=shapes)
+    return dataclasses.replace(
+        recipe,
+        precision=cast(Precision, precision),
+        input=kind,
+        input_shapes=prepared.source.input_shapes,
+        input_dtypes=prepared.source.input_dtypes,
+    )
 
 
-def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe) -> dict[str, Any]:
+def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe, target: Target) -> dict[str, Any]:
     source, lowered = prepared.source, prepared.lowered
-    outputs = zip(lowered.output_names, _output_shapes(lowered.program), strict=True)
+
+    def stated(shape: tuple[int, ...], dtype: str, source_dtype: str) -> dict[str, Any]:
+        """What the artifact takes or gives, and what that is in the source where it is not the same."""
+        dtype = target.stored_dtypes.get(dtype, dtype)
+        origin = {} if dtype == source_dtype else {"source": source_dtype}
+        return {"shape": shape, "dtype": dtype, **origin, **(_PAIRS if source_dtype.startswith("complex") else {})}
+
+    inputs = zip(inputs_of(lowered.program), source.input_dtypes, strict=True)
+    outputs = zip(lowered.output_names, outputs_of(lowered.program), prepared.output_dtypes, strict=True)
     return {
         "model": {
             "name": source.name,
@@ -285,15 +306,24 @@ def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe) -> 
             "weights_sha256": fingerprint(source.module),
             "parameters": sum(parameter.numel() for parameter in source.module.parameters()),
         },
-        "inputs": dict(zip(lowered.input_names, source.input_shapes, strict=True)),
+        "inputs": {each.name: stated(each.shape, each.dtype, dtype) for each, dtype in inputs},
         "preprocess": source.preprocess,
-        "outputs": dict(outputs),
+        "outputs": {name: stated(*value, dtype) for name, value, dtype in outputs},
         "labels": len(lowered.labels) if lowered.labels else 0,
         "target": recipe.target,
         "precision": recipe.precision,
         "passes": passes,
         "versions": versions(),
     }
+
+
+_PAIRS = {"last_axis": ("re", "im")}
+"""How a complex tensor is stored: as `torch.view_as_real` lays it out."""
+
+
+def _example(source: Source) -> tuple[Tensor, ...]:
+    dtypes = [getattr(torch, name) for name in source.input_dtypes]
+    return tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in zip(source.input_shapes, dtypes, strict=True))
 
 
 def _labels(given: tuple[str, ...] | None, source: Source, output: tuple[int, ...]) -> tuple[str, ...] | None:
@@ -303,11 +333,6 @@ def _labels(given: tuple[str, ...] | None, source: Source, output: tuple[int, ..
         raise InputError(f"{len(given)} labels were given, but {source.name} has {classes} classes")
     labels = given or read_labels(source.labels)
     return labels if len(labels) == classes else None
-
-
-def _output_shapes(program: ExportedProgram) -> list[tuple[int, ...]]:
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    return [tuple(values[str(name)].shape) for name in program.graph_signature.user_outputs]
 
 
 def _output_names(shapes: list[tuple[int, ...]]) -> tuple[str, ...]:

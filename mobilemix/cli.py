@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from mobilemix import __version__
-from mobilemix.errors import InputError, MobilemixError
-from mobilemix.recipe import DEFAULT_MODEL, INPUT_KINDS, PRECISIONS, Recipe, load_recipe
+from mobilemix.errors import InputError, MobilemixError, UnknownNameError
+from mobilemix.recipe import DEFAULT_MODEL, INPUT_DTYPES, INPUT_KINDS, PRECISIONS, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,8 @@ def export(
         list[str] | None,
         typer.Option(
             "--input",
-            help="image, tensor, a shape such as 1x3x224x224, or tensor:1x3x224x224; repeat for several inputs.",
+            help="image, tensor, a shape such as 1x3x224x224, both (tensor:1x3x224x224), or a dtype with its shape"
+            f" (int64:1x128; of {', '.join(INPUT_DTYPES)}); repeat for several inputs.",
         ),
     ] = None,
     mean: Annotated[
@@ -233,21 +234,35 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _inputs(values: list[str]) -> dict[str, Any]:
-    """Read `--input` values: KIND, SHAPE or KIND:SHAPE."""
-    kinds: list[str] = []
+    """Read `--input` values: KIND, SHAPE or DTYPE:SHAPE, or a kind in front of these."""
+    kinds: set[str] = set()
     shapes: list[tuple[int, ...]] = []
+    dtypes: list[str] = []
     for value in values:
+        dtype = shape = None
         for part in value.split(":"):
             sizes = part.lower().split("x")
             if part in INPUT_KINDS:
-                kinds.append(part)
-            elif all(size.isdigit() for size in sizes):
-                shapes.append(tuple(map(int, sizes)))
+                kinds.add(part)
+            elif part in INPUT_DTYPES:
+                dtype = part
+            elif shape is None and all(size.isdigit() for size in sizes):
+                shape = tuple(map(int, sizes))
+            elif part.isidentifier():
+                raise UnknownNameError("kind or dtype of --input", part, (*INPUT_KINDS, *INPUT_DTYPES))
             else:
-                raise InputError(f"--input cannot be '{value}'; give image, tensor or a shape such as 1x3x224x224")
-    if len(set(kinds)) > 1:
+                raise InputError(
+                    f"--input cannot be '{value}'; give image, tensor, a shape such as 1x3x224x224, or int64:1x128"
+                )
+        if shape:
+            shapes.append(shape)
+            dtypes.append(dtype or "float32")
+        elif dtype:
+            raise InputError(f"--input {value} needs a shape too, such as {dtype}:1x128")
+    if len(kinds) > 1:
         raise InputError("--input is image or tensor, not both")
-    return {"input": kinds[0] if kinds else None, "input_shapes": tuple(shapes) or None}
+    given = {"input_shapes": tuple(shapes), "input_dtypes": tuple(dtypes)} if shapes else {}
+    return {"input": next(iter(kinds), None), **given}
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:

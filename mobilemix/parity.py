@@ -7,7 +7,7 @@ target's compiler got wrong shows up as a difference from it.
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from mobilemix.signature import Input
 from mobilemix.targets.base import Array, Check, Inputs, Runner
 
 
@@ -107,13 +108,26 @@ class Reference:
     dtype: str
 
 
-def reference(module: nn.Module, samples: Sequence[Inputs]) -> Reference:
-    """Run the module as its author wrote it, in float64 and complex128; the module itself is not changed."""
+def reference(module: nn.Module, samples: Sequence[Inputs], complex_inputs: Collection[str] = ()) -> Reference:
+    """Run the module as its author wrote it, in float64 and complex128; the module itself is not changed.
+
+    Args:
+        module: takes one tensor per array of a sample.
+        samples: what the artifact takes.
+        complex_inputs: names of the inputs that the module takes complex; in a sample their last axis is [re, im].
+    """
+    tensors = [
+        [
+            torch.view_as_complex(torch.from_numpy(value)) if name in complex_inputs else torch.from_numpy(value)
+            for name, value in sample.items()
+        ]
+        for sample in samples
+    ]
     try:
-        return Reference(_evaluate(_in_float64(module), samples, torch.float64), "float64")
+        return Reference(_evaluate(_in_float64(module), tensors, torch.float64), "float64")
     except RuntimeError:
         # Code that writes out float32 somewhere meets float64 elsewhere; float32 throughout is what it was made for.
-        return Reference(_evaluate(module, samples, torch.float32), "float32")
+        return Reference(_evaluate(module, tensors, torch.float32), "float32")
 
 
 def compare(outputs: Sequence[Sequence[Array]], expected: Sequence[Sequence[Array]]) -> Agreement:
@@ -145,13 +159,16 @@ def cosine(value: Array, expected: Array) -> float:
     return float(one @ other) / norms if norms else float(np.array_equal(one, other))
 
 
-def noise(names: Sequence[str], shapes: Sequence[tuple[int, ...]], count: int) -> list[Inputs]:
-    """`count` samples of standard normal float32 inputs, the same ones every time."""
+def noise(inputs: Sequence[Input], count: int) -> list[Inputs]:
+    """`count` samples: standard normal floats, integers below each input's bound; the same ones every time."""
     generator = np.random.Generator(np.random.PCG64(0))
-    return [
-        {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in zip(names, shapes, strict=True)}
-        for _ in range(count)
-    ]
+
+    def draw(each: Input) -> Array:
+        if each.dtype in ("float32", "float64"):
+            return generator.standard_normal(each.shape, dtype=np.dtype(each.dtype).type)
+        return generator.integers(0, each.below, each.shape).astype(each.dtype)
+
+    return [{each.name: draw(each) for each in inputs} for _ in range(count)]
 
 
 def first_departure(program: ExportedProgram, runner: Runner, sample: Inputs, tolerance: float) -> str | None:
@@ -183,7 +200,7 @@ class _Recorder(torch.fx.Interpreter):
 
     def record(self, sample: Inputs) -> dict[str, tuple[Array, str]]:
         with torch.no_grad(), _default_dtype(torch.float64):
-            self.run(*(torch.from_numpy(value).double() for value in sample.values()))
+            self.run(*(_widen(torch.from_numpy(value)) for value in sample.values()))
         return self.values
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -194,14 +211,12 @@ class _Recorder(torch.fx.Interpreter):
         return result
 
 
-def _evaluate(module: nn.Module, samples: Sequence[Inputs], dtype: torch.dtype) -> list[list[Array]]:
+def _evaluate(module: nn.Module, samples: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[list[Array]]:
     with torch.no_grad(), _default_dtype(dtype):
         return [
             [
                 (torch.view_as_real(leaf) if leaf.is_complex() else leaf).numpy()
-                for leaf in pytree.tree_leaves(
-                    module(*(torch.from_numpy(value).to(dtype) for value in sample.values()))
-                )
+                for leaf in pytree.tree_leaves(module(*(_widen(value, dtype) for value in sample)))
                 if isinstance(leaf, Tensor)
             ]
             for sample in samples
@@ -210,14 +225,15 @@ def _evaluate(module: nn.Module, samples: Sequence[Inputs], dtype: torch.dtype) 
 
 def _in_float64(module: nn.Module) -> nn.Module:
     """A copy with float64 and complex128 parameters and buffers (`.double()` leaves complex ones as they are)."""
-
-    def widen(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(torch.complex128)
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-    wide: nn.Module = copy.deepcopy(module)._apply(widen)  # type: ignore[no-untyped-call]
+    wide: nn.Module = copy.deepcopy(module)._apply(_widen)  # type: ignore[no-untyped-call]
     return wide
+
+
+def _widen(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Floats in `dtype`, complex numbers in its complex one, integers and booleans as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 @contextlib.contextmanager

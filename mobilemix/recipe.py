@@ -17,6 +17,7 @@ Precision = Literal["fp16", "fp32"]
 InputKind = Literal["image", "tensor"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
+INPUT_DTYPES = ("float32", "complex64", "int64", "int32", "bool")
 MINIMUM_IOS = (15, 16, 17, 18)
 OPSETS = range(18, 22)
 
@@ -34,6 +35,7 @@ class Recipe:
             target and the model have one.
         input_shapes: shape of each input, (batch, channels, height, width) for the shipped models; empty is the
             model's own.
+        input_dtypes: dtype of each input, from `INPUT_DTYPES`; empty is float32 for all.
         mean, std: per-channel normalisation of [0, 1] pixels; empty is the model's own.
         opset: ONNX opset version.
         minimum_ios: oldest iOS that must run the Core ML package.
@@ -48,6 +50,7 @@ class Recipe:
     precision: Precision | None = None
     input: InputKind | None = None
     input_shapes: tuple[tuple[int, ...], ...] = ()
+    input_dtypes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     opset: int = 18
@@ -60,7 +63,7 @@ class Recipe:
         """Refuse values that no recipe can have.
 
         Raises:
-            UnknownNameError: target, precision or input kind.
+            UnknownNameError: target, precision, input kind or dtype.
             InputError: opset, iOS version, a shape, the normalisation or a budget out of range.
         """
         if self.target not in TARGETS:
@@ -76,6 +79,13 @@ class Recipe:
         for shape in self.input_shapes:
             if not shape or min(shape) < 1:
                 raise InputError(f"input shape {shape} has no size or one below 1; give e.g. 1x3x224x224")
+        for dtype in self.input_dtypes:
+            if dtype not in INPUT_DTYPES:
+                raise UnknownNameError("input dtype", dtype, INPUT_DTYPES)
+        if self.input_dtypes and len(self.input_dtypes) != len(self.input_shapes):
+            raise InputError(
+                f"{len(self.input_dtypes)} input dtypes do not fit {len(self.input_shapes)} shapes; give one for each"
+            )
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
             raise InputError(f"mean {self.mean} and std {self.std} must have one value a channel, std above 0")
         for name in ("tolerance", "max_size_mb"):
@@ -137,6 +147,11 @@ def _numbers(value: Any, base: Path) -> tuple[float, ...]:
     return tuple(_number(item, base) for item in value)
 
 
+def _texts(value: Any, base: Path) -> tuple[str, ...]:
+    """Accept one text or a list of them."""
+    return tuple(_text(item, base) for item in ([value] if isinstance(value, str) else value))
+
+
 def _shapes(value: Any, base: Path) -> tuple[tuple[int, ...], ...]:
     """Accept one shape ([1, 3, 224, 224]) or a list of them."""
     shapes = value if value and isinstance(value[0], list | tuple) else [value]
@@ -150,6 +165,7 @@ _READERS: dict[str, Callable[[Any, Path], Any]] = {
     "precision": _text,
     "input": _text,
     "input_shapes": _shapes,
+    "input_dtypes": _texts,
     "mean": _numbers,
     "std": _numbers,
     "opset": _integer,

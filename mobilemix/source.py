@@ -29,7 +29,7 @@ class Source:
     Attributes:
         name: file names and metadata use it.
         module: eval mode; float32.
-        input_shapes: of the forward's positional arguments.
+        input_shapes, input_dtypes: of the forward's positional arguments.
         preprocess: how an image becomes the input; None for a model whose input is no image.
         labels: file of the class names that fit if the number of classes does.
         weights: where they came from: "checkpoint", "shipped", "own" (set by the user's factory) or "random".
@@ -39,6 +39,7 @@ class Source:
     name: str
     module: nn.Module
     input_shapes: tuple[tuple[int, ...], ...]
+    input_dtypes: tuple[str, ...]
     preprocess: Preprocess | None
     labels: Path
     weights: str
@@ -72,6 +73,9 @@ def _registered(recipe: Recipe) -> Source:
         given = ", ".join("x".join(map(str, shape)) for shape in shapes)
         example = f"1x3x{spec.input_size}x{spec.input_size}"
         raise InputError(f"{spec.name} takes one input of 4 dimensions, such as {example}, not {given}")
+    dtypes = _dtypes(recipe, shapes)
+    if dtypes != ("float32",):
+        raise InputError(f"{spec.name} takes images, which are float32, not {dtypes[0]}")
     _, channels, height, width = shapes[0]
     options = {} if channels == 3 else {"in_channels": channels}
     module = registry.create_model(spec.name, weights=recipe.weights, **options)
@@ -84,7 +88,7 @@ def _registered(recipe: Recipe) -> Source:
         "description": f"{family.title} ({spec.variant}), arXiv:{family.paper}",
     }
     weights = "checkpoint" if recipe.weights else "shipped" if spec.weights else "random"
-    return Source(spec.name, module, shapes, preprocess, assets.path(spec.labels), weights, metadata)
+    return Source(spec.name, module, shapes, dtypes, preprocess, assets.path(spec.labels), weights, metadata)
 
 
 def _own(recipe: Recipe, name: str, module: nn.Module) -> Source:
@@ -92,8 +96,8 @@ def _own(recipe: Recipe, name: str, module: nn.Module) -> Source:
         raise InputError("a model of your own needs the shape of its input, such as --input 1x3x224x224")
     if recipe.weights:
         load_weights(module, read_state_dict(recipe.weights), str(recipe.weights))
-    shape = recipe.input_shapes[0]
-    is_image = len(recipe.input_shapes) == 1 and len(shape) == 4 and shape[1] in (1, 3)
+    shape, dtypes = recipe.input_shapes[0], _dtypes(recipe, recipe.input_shapes)
+    is_image = dtypes == ("float32",) and len(shape) == 4 and shape[1] in (1, 3)
     preprocess = None
     if recipe.mean and not is_image:
         raise InputError("mean and std apply to a model with one image input, Nx1xHxW or Nx3xHxW")
@@ -104,7 +108,11 @@ def _own(recipe: Recipe, name: str, module: nn.Module) -> Source:
         mean, std = recipe.mean or (0.0,) * shape[1], recipe.std or (1.0,) * shape[1]
         preprocess = Preprocess(shape[2], shape[3], mean, std)
     labels, weights = assets.path(registry.IMAGENET_LABELS), "checkpoint" if recipe.weights else "own"
-    return Source(name, module, recipe.input_shapes, preprocess, labels, weights, {"description": name})
+    return Source(name, module, recipe.input_shapes, dtypes, preprocess, labels, weights, {"description": name})
+
+
+def _dtypes(recipe: Recipe, shapes: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
+    return recipe.input_dtypes or ("float32",) * len(shapes)
 
 
 def _call_factory(reference: str) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import nn
 import mobilemix
 from mobilemix import files
 from mobilemix.errors import InputError, MobilemixError, UnknownNameError
-from mobilemix.manifest import manifest_path, read_manifest
+from mobilemix.manifest import dumps, manifest_path, read_manifest
+from mobilemix.passes.complex_to_real import rules
 
 SHAPES = ((1, 3, 16, 16),)
 TARGETS = [("onnx", "fp32"), ("coreml", "fp32"), ("coreml", "fp16")]
@@ -37,8 +38,8 @@ def test_the_manifest_tells_the_whole_story(network, tmp_path, target):
     assert manifest.recipe.model == network
     assert manifest.recipe.precision in ("fp16", "fp32")
     assert manifest.recipe.input == ("image" if target == "coreml" else "tensor")
-    assert manifest.provenance["inputs"] == {"image": [1, 3, 16, 16]}
-    assert manifest.provenance["outputs"] == {"logits": [1, 4]}
+    assert manifest.provenance["inputs"] == {"image": {"shape": [1, 3, 16, 16], "dtype": "float32"}}
+    assert manifest.provenance["outputs"] == {"logits": {"shape": [1, 4], "dtype": "float32"}}
     assert len(manifest.provenance["model"]["weights_sha256"]) == 64
     assert "complex_to_real" in manifest.provenance["passes"]
     assert manifest.provenance["versions"]["torch"] == torch.__version__
@@ -82,7 +83,10 @@ def test_several_inputs_and_outputs(tmp_path):
 
     result = mobilemix.export(Two(), target="onnx", input_shapes=((2, 3), (1, 3)), output=tmp_path)
     assert result.parity.passed
-    assert result.manifest.provenance["inputs"] == {"left": (2, 3), "right": (1, 3)}
+    assert {name: value["shape"] for name, value in result.manifest.provenance["inputs"].items()} == {
+        "left": (2, 3),
+        "right": (1, 3),
+    }
     assert set(result.manifest.provenance["outputs"]) == {"output_0", "output_1"}
 
 
@@ -220,3 +224,61 @@ def test_the_core_ml_package_of_the_older_export_is_replaced_whole(network, tmp_
 def test_exports_are_frozen(exported):
     with pytest.raises(dataclasses.FrozenInstanceError):
         exported.path = None
+
+
+class Tokens(nn.Module):
+    """Token ids, a mask of booleans and a complex spectrum."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.words = nn.Embedding(50, 8)
+        self.words.weight.data = torch.randn(50, 8, generator=generator)
+        self.filter = nn.Parameter(torch.randn(8, dtype=torch.complex64, generator=generator))
+
+    def forward(self, ids, mask, spectrum):
+        x = self.words(ids).masked_fill(~mask.unsqueeze(-1), 0.0)
+        z = torch.fft.fft2(x) * self.filter + spectrum
+        return {"mixed": torch.fft.ifft2(z).real, "spectrum": z, "best": x.argmax(-1)}
+
+
+@pytest.mark.parametrize(("target", "integers", "flags"), [("onnx", "int64", "bool"), ("coreml", "int32", "int32")])
+def test_integer_boolean_and_complex_inputs_and_outputs(tmp_path, target, integers, flags):
+    result = mobilemix.export(
+        Tokens(),
+        target=target,
+        precision="fp32",
+        input_shapes=((1, 6), (1, 6), (1, 6, 8)),
+        input_dtypes=("int64", "bool", "complex64"),
+        output=tmp_path,
+    )
+    assert result.parity.passed, result.parity
+    provenance = json.loads(dumps(result.manifest.provenance))
+    pairs = {"shape": [1, 6, 8, 2], "dtype": "float32", "source": "complex64", "last_axis": ["re", "im"]}
+
+    def stated(dtype, source):
+        return {"shape": [1, 6], "dtype": dtype} | ({} if dtype == source else {"source": source})
+
+    assert provenance["inputs"] == {
+        "ids": stated(integers, "int64"),
+        "mask": stated(flags, "bool"),
+        "spectrum": pairs,
+    }
+    assert provenance["outputs"] == {
+        "output_0": {"shape": [1, 6, 8], "dtype": "float32"},
+        "output_1": pairs,
+        "output_2": stated(integers, "int64"),
+    }
+    assert mobilemix.read_manifest(result.path).recipe.input_dtypes == ("int64", "bool", "complex64")
+    assert mobilemix.verify(result.path, model=Tokens()).passed
+
+
+def test_an_artifact_whose_complex_output_has_its_parts_exchanged_would_be_seen(tmp_path, monkeypatch):
+    class Spectrum(nn.Module):
+        def forward(self, z):
+            return torch.fft.fft(z)
+
+    options = {"target": "onnx", "input_shapes": ((2, 8),), "input_dtypes": ("complex64",), "output": tmp_path}
+    assert mobilemix.export(Spectrum(), **options).parity.passed
+    monkeypatch.setattr(rules, "pairs", lambda z: rules.emit(z.edit, torch.ops.aten.stack.default, [z.im, z.re], -1))
+    assert not mobilemix.export(Spectrum(), **options).parity.passed

@@ -51,6 +51,32 @@ def test_several_targets(mobilemix, network, tmp_path, targets):
     assert all(one["manifest"]["parity"]["passed"] for one in exports)
 
 
+TOKENS = """
+import torch
+from torch import nn
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 4)
+
+    def forward(self, ids, spectrum):
+        return torch.fft.ifft(torch.fft.fft(self.words(ids)) * spectrum).real
+"""
+
+
+def test_inputs_of_other_dtypes(mobilemix, tmp_path):
+    (tmp_path / "tokens.py").write_text(TOKENS)
+    inputs = ["--input", "tensor:int64:1x6", "--input", "complex64:6x4"]
+    arguments = ["export", f"{tmp_path}/tokens.py:Tokens", *inputs, "-t", "onnx", "-o", tmp_path, "--json"]
+    code, out, _ = mobilemix(*arguments)
+    assert code == 0
+    (one,) = json.loads(out)
+    assert one["manifest"]["recipe"]["input_dtypes"] == ["int64", "complex64"]
+    assert one["manifest"]["provenance"]["inputs"]["spectrum"]["shape"] == [6, 4, 2]
+
+
 def test_verify_and_its_exit_codes(mobilemix, network, tmp_path):
     mobilemix("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path)
     code, out, _ = mobilemix("verify", tmp_path / "make.onnx")
@@ -104,6 +130,10 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
         (["export", "--minimum-ios", "12"], "iOS 12 is not supported; valid: 15, 16, 17, 18"),
         (["export", "--input", "1x3xtall"], "--input cannot be '1x3xtall'"),
         (["export", "--input", "image", "--input", "tensor"], "--input is image or tensor, not both"),
+        (["export", "--input", "int46:1x8"], "unknown kind or dtype of --input 'int46'; did you mean 'int64'?"),
+        (["export", "--input", "int64"], "--input int64 needs a shape too, such as int64:1x128"),
+        (["export", "--input", "1x8:1x8"], "--input cannot be '1x8:1x8'"),
+        (["export", "--input", "int64:1x3x224x224"], "takes images, which are float32, not int64"),
         (["export", "--mean", "a,b"], "'a,b' is not a comma list of numbers"),
         (["export", "--mean", "0.5,0.5,0.5"], "one value a channel"),
         (["export", "--weights", "none.safetensors"], "none.safetensors"),

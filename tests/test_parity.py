@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from mobilemix.parity import TIERS, Tolerance, compare, cosine, first_departure, noise, reference, relative_l2
+from mobilemix.signature import Input
 from mobilemix.targets.base import Check
 
 
@@ -22,7 +23,7 @@ class Mixed(nn.Module):
 
 def test_the_reference_is_in_float64_and_leaves_the_module_alone():
     module = Mixed()
-    (sample,) = noise(["x"], [(2, 6)], 1)
+    (sample,) = noise([Input("x", (2, 6))], 1)
     answer = reference(module, [sample])
     assert answer.dtype == "float64"
     real, complex_ = sorted(answer.outputs[0], key=lambda array: array.ndim)
@@ -44,7 +45,7 @@ def test_code_that_insists_on_float32_is_compared_with_in_float32():
         def forward(self, x):
             return x @ torch.ones(6, 2, dtype=torch.float32)
 
-    sample = noise(["x"], [(2, 6)], 1)
+    sample = noise([Input("x", (2, 6))], 1)
     assert reference(Mixing(), sample).dtype == "float32"
     assert reference(Stubborn(), sample).outputs[0][0].dtype == np.float32
 
@@ -54,7 +55,7 @@ def test_new_tensors_of_the_forward_are_float64_too():
         def forward(self, x):
             return x * torch.full((1,), 1 / 3)
 
-    (sample,) = noise(["x"], [(5,)], 1)
+    (sample,) = noise([Input("x", (5,))], 1)
     (answer,) = reference(Third(), [sample]).outputs[0]
     np.testing.assert_array_equal(answer, sample["x"].astype(np.float64) * (1 / 3))
 
@@ -101,7 +102,8 @@ def test_outputs_of_another_number_or_shape_are_an_error():
 
 
 def test_noise_is_the_same_every_time_and_differs_between_samples():
-    first, again = noise(["a", "b"], [(2, 3), (4,)], 2), noise(["a", "b"], [(2, 3), (4,)], 2)
+    inputs = [Input("a", (2, 3)), Input("b", (4,))]
+    first, again = noise(inputs, 2), noise(inputs, 2)
     np.testing.assert_array_equal(first[1]["b"], again[1]["b"])
     assert not np.array_equal(first[0]["a"], first[1]["a"])
     assert first[0]["a"].dtype == np.float32
@@ -145,7 +147,7 @@ class Faulty:
 def test_the_first_wrong_value_is_named_with_its_module(fault, where):
     module = Chain().eval()
     program = torch.export.export(module, (torch.zeros(2, 4),), strict=False)
-    (sample,) = noise(["x"], [(2, 4)], 1)
+    (sample,) = noise([Input("x", (2, 4))], 1)
     found = first_departure(program, Faulty(module, fault), sample, TIERS["fp32"].relative_l2)
     assert found is not None
     assert found.startswith(f"{fault}: relative error 5.0e-01")
@@ -155,7 +157,7 @@ def test_the_first_wrong_value_is_named_with_its_module(fault, where):
 def test_nothing_departs_where_everything_agrees():
     module = Chain().eval()
     program = torch.export.export(module, (torch.zeros(2, 4),), strict=False)
-    (sample,) = noise(["x"], [(2, 4)], 1)
+    (sample,) = noise([Input("x", (2, 4))], 1)
     assert first_departure(program, Faulty(module, None), sample, TIERS["fp32"].relative_l2) is None
 
 

@@ -51,6 +51,7 @@ def test_every_key_is_read_and_paths_are_relative_to_the_file(tmp_path):
 
 
 def test_several_inputs(tmp_path):
+    assert load_recipe(write(tmp_path, "input_shapes = [1, 8]\ninput_dtypes = 'int64'")).input_dtypes == ("int64",)
     assert load_recipe(write(tmp_path, "input_shapes = [[1, 3, 8, 8], [1, 4]]")).input_shapes == ((1, 3, 8, 8), (1, 4))
 
 
@@ -69,6 +70,9 @@ def test_several_inputs(tmp_path):
         ("input_shapes = [1, 0]", "below 1"),
         ("input_shapes = []", "below 1"),
         ("input_shapes = 'x'", "cannot be 'x'"),
+        ("input_shapes = [1, 2]\ninput_dtypes = ['int46']", "did you mean 'int64'"),
+        ("input_shapes = [1, 2]\ninput_dtypes = ['int64', 'bool']", "2 input dtypes do not fit 1 shapes"),
+        ("input_dtypes = [64]", "cannot be"),
         ("mean = [0.5]", "one value a channel"),
         ("mean = [0.5]\nstd = [0.0]", "std above 0"),
         ("tolerance = -1", "above 0"),

@@ -38,12 +38,16 @@ class Pass(abc.ABC):
 
     name: str
 
+    def keeps(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """What an input or output of this shape and dtype is after the pass: the same, unless a pass declares more."""
+        return shape, dtype
+
     @abc.abstractmethod
     def rewrite(self, program: ExportedProgram) -> PassResult:
         """Return a program that computes the same function; `modified` False means the very same program."""
 
     def __call__(self, program: ExportedProgram) -> PassResult:
-        """Run the rewrite and check that user-visible names, shapes and dtypes are kept.
+        """Run the rewrite and check that user-visible names, shapes and dtypes are kept, as far as the pass says so.
 
         Raises:
             PassError: the interface changed, or an unmodified program is not the one that came in.
@@ -53,17 +57,17 @@ class Pass(abc.ABC):
             raise PassError(f"pass {self.name} returned another program but says that it changed nothing")
         before, after = interface(program), interface(result.program)
         for was, now in zip(before, after, strict=False):
-            if was != now:
+            if (*was[:2], was[2] and self.keeps(*was[2])) != now:
                 raise PassError(f"pass {self.name} changed the interface: {was} became {now}")
         if len(before) != len(after):
             raise PassError(f"pass {self.name} changed the number of inputs and outputs, {len(before)} to {len(after)}")
         return result
 
 
-def interface(program: ExportedProgram) -> tuple[tuple[object, ...], ...]:
+def interface(program: ExportedProgram) -> tuple[tuple[str, object, tuple[tuple[int, ...], torch.dtype] | None], ...]:
     """User inputs and outputs as (name or position, shape, dtype)."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
-    described: list[tuple[object, ...]] = []
+    described: list[tuple[str, object, tuple[tuple[int, ...], torch.dtype] | None]] = []
     for kind, names in (
         ("input", program.graph_signature.user_inputs),
         ("output", program.graph_signature.user_outputs),

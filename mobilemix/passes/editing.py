@@ -43,7 +43,7 @@ class Edit:
         self.graph = copy.deepcopy(program.graph)
         for ours, theirs in zip(self.graph.nodes, program.graph.nodes, strict=True):
             ours.name = theirs.name  # a copy renames what is called like a builtin, such as `input`
-        self.changed = False
+        self.changed = self._views_examples = False
         self._origin: dict[str, Any] = {}
         self._constants = _constants(program, self.graph)
         self._added: dict[tuple[object, ...], list[fx.Node]] = {}
@@ -98,10 +98,18 @@ class Edit:
         alike.append(node)
         return node
 
+    def view_as_real(self, node: fx.Node) -> fx.Node:
+        """Let a complex input of the program be real: (…, 2), the parts along the last axis."""
+        value = node.meta["val"]
+        node.meta["val"] = self.empty((*value.shape, 2), value.dtype.to_real())
+        self.changed = self._views_examples = True
+        return node
+
     @contextlib.contextmanager
-    def at(self, node: fx.Node) -> Iterator[None]:
-        """Insert before `node`, with its place in the user's source."""
-        outer, self._origin = self._origin, {key: node.meta[key] for key in _ORIGIN if key in node.meta}
+    def at(self, node: fx.Node, origin: fx.Node | None = None) -> Iterator[None]:
+        """Insert before `node`, with its place in the user's source, or that of `origin`."""
+        meta = (origin or node).meta
+        outer, self._origin = self._origin, {key: meta[key] for key in _ORIGIN if key in meta}
         try:
             with self.graph.inserting_before(node):
                 yield
@@ -178,6 +186,9 @@ class Edit:
             dataclasses.replace(spec, arg=TensorArgument(value.name)) if isinstance(value, fx.Node) else spec
             for spec, value in zip(old.graph_signature.output_specs, pytree.tree_leaves(output.args[0]), strict=True)
         ]
+        example = old.example_inputs
+        if self._views_examples:
+            example = pytree.tree_map_only(Tensor, lambda x: torch.view_as_real(x) if x.is_complex() else x, example)
         program = ExportedProgram(
             root=old.graph_module,
             graph=self.graph,
@@ -185,7 +196,7 @@ class Edit:
             state_dict={name: tensor for name, tensor in state_dict.items() if name in taken},
             range_constraints=old.range_constraints,
             module_call_graph=old.module_call_graph,
-            example_inputs=old.example_inputs,
+            example_inputs=example,
             constants={name: value for name, value in constants.items() if name in taken},
             verifiers=old.verifiers,
         )

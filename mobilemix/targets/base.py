@@ -22,8 +22,9 @@ class Lowered:
     Attributes:
         name: model name; file names and metadata use it.
         program: float32, eval mode, fixed shapes; no complex tensor, FFT or training-time op is left.
-        input_names: names of the program's user inputs, which are float32 tensors.
+        input_names: names of the program's user inputs.
         output_names: names of its user outputs.
+        complex_names: inputs and outputs that are complex in the source; here their last axis is [re, im], float32.
         mean, std: per-channel normalisation x = (pixel / 255 − mean) / std that an image input must apply;
             None for a model that takes no image.
         labels: class names of the first output's last axis, or None.
@@ -38,13 +39,14 @@ class Lowered:
     std: tuple[float, ...] | None
     labels: tuple[str, ...] | None
     metadata: Mapping[str, str]
+    complex_names: frozenset[str] = frozenset()
 
 
 class Runner(Protocol):
     """An artifact that was read back from disk and can be executed here."""
 
     def run(self, inputs: Inputs) -> dict[str, Array]:
-        """Execute on the program's own inputs (normalised float32 tensors, by `Lowered.input_names`).
+        """Execute on the program's own inputs (arrays of its dtypes, normalised, by `Lowered.input_names`).
 
         A runner whose artifact takes an image undoes the normalisation and feeds pixels in [0, 255] (float, not
         rounded, so that what is compared is the graph and not 8-bit rounding). Returns float32 outputs by
@@ -79,6 +81,8 @@ class Target(Protocol):
     """Valid precisions, the default first."""
     takes_images: bool
     """Whether an artifact can declare an image as its input, with the normalisation inside."""
+    stored_dtypes: Mapping[str, str]
+    """Dtypes of inputs and outputs that an artifact of this target holds as another one, by that of the program."""
     passes: tuple[Pass, ...]
     """Rewrites for this target alone, after those that all share; `compile` gets a program that went through both."""
 

@@ -305,11 +305,41 @@ def test_an_operator_without_a_rule_is_named_with_its_place() -> None:
         ComplexToReal()(program)
 
 
-def test_complex_results_and_inputs_are_refused() -> None:
-    with pytest.raises(UnsupportedOpError, match=r"output 0 of the model, .*view_as_real"):
-        ComplexToReal()(capture(Function(torch.fft.fft), (signal(4),)))
-    with pytest.raises(UnsupportedOpError, match=r"input x is complex.*view_as_real"):
-        ComplexToReal()(capture(Function(torch.abs), (torch.zeros(4, dtype=torch.complex64),)))
+def test_complex_inputs_and_outputs_become_real_with_a_last_axis_of_parts() -> None:
+    def function(z: Tensor) -> tuple[Tensor, ...]:
+        y = torch.fft.fft2(z)
+        return y, z, y.abs(), y.mH @ y, y
+
+    module, z = Function(function), torch.view_as_complex(signal(3, 4, 4, 2))
+    program = rewritten(ComplexToReal(), module, z)
+    assert_real(program)
+    assert [tuple(value.shape) for value in program.example_inputs[0]] == [(3, 4, 4, 2)]
+    with torch.no_grad():
+        expected = [torch.view_as_real(value) if value.is_complex() else value for value in function(z)]
+        found = program.module()(torch.view_as_real(z))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transform_takes_a_complex_input_as_it_is() -> None:
+    program = rewritten(ComplexToReal(), Function(torch.fft.irfft), torch.view_as_complex(signal(3, 8, 2)))
+    assert not {"select", "slice", "cat"} & set(operators(program))
+
+
+def test_complex_inputs_that_nobody_reads_and_outputs_that_are_parameters() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1 + 2j]))
+
+        def forward(self, z: Tensor, unused: Tensor) -> tuple[Tensor, Tensor]:
+            return self.weight, 2 * z.real
+
+    pairs = signal(3, 2)
+    program = rewritten(ComplexToReal(), Module(), torch.view_as_complex(pairs), torch.zeros(1, dtype=torch.complex64))
+    weight, doubled = program.module()(pairs, torch.zeros(1, 2))
+    assert weight.tolist() == [[1, 2]]
+    assert torch.equal(doubled, 2 * pairs[:, 0])
 
 
 def test_every_rule_is_an_operator_of_torch() -> None:

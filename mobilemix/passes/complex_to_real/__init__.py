@@ -30,13 +30,18 @@ class ComplexToReal(Pass):
                    → re·k_re − im·k_im, re·k_im + im·k_re → matmul (2H, 2H) → matmul (2K, W) → y,   K = W // 2 + 1
 
     An operator without a rule that is composed of others is rewritten by those. Real operators, composite ones
-    included, stay as they are. Complex parameters and buffers become two, `name_re` and `name_im`.
+    included, stay as they are. Complex parameters and buffers become two, `name_re` and `name_im`. Complex inputs and
+    outputs of the model become what `torch.view_as_real` makes of them: a last axis of two, [re, im].
 
     Raises (from `rewrite`):
-        UnsupportedOpError: an operator on complex tensors that has no rule, or a complex input or output of the model.
+        UnsupportedOpError: an operator on complex tensors that has no rule.
     """
 
     name = "complex_to_real"
+
+    def keeps(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """Complex inputs and outputs become real, with their parts along a last axis."""
+        return ((*shape, 2), dtype.to_real()) if dtype.is_complex else (shape, dtype)
 
     def rewrite(self, program: ExportedProgram) -> PassResult:
         """Return the program without complex tensors and Fourier transforms."""
@@ -45,7 +50,7 @@ class ComplexToReal(Pass):
         for node in list(edit.graph.nodes):
             if node.op == "placeholder":
                 walk.enter(node)
-            elif node.op == "call_function" and _concerns(node):
+            elif node.op == "call_function" and walk.concerns(node):
                 with edit.at(node):
                     walk.call(node)
             elif node.op == "output":
@@ -65,11 +70,17 @@ class _Walk:
             return
         tensor, name = self._edit.constant(node), self._edit.name(node)
         if tensor is None:
-            raise UnsupportedOpError(
-                f"input {name} is complex; let the model take torch.view_as_real({name}) and call torch.view_as_complex"
-            )
+            shape = tuple(node.meta["val"].shape)
+            pairs = Real(self._edit, self._edit.view_as_real(node))
+            self._rewritten[node] = Complex.from_stacked(pairs, shape, len(shape))
+            return
         parts = ((f"{name}_re", tensor.real), (f"{name}_im", tensor.imag))
         self._rewritten[node] = Complex(*(Real(self._edit, self._edit.add_constant(*part)) for part in parts))
+
+    def concerns(self, node: fx.Node) -> bool:
+        """Whether a call takes or returns something complex, or belongs to torch.fft."""
+        takes_complex = any(value in self._rewritten for value in node.all_input_nodes)
+        return takes_complex or _is_complex(node.meta.get("val")) or _is_fourier(node.target)
 
     def call(self, node: fx.Node) -> None:
         args, kwargs = fx.map_arg(
@@ -82,11 +93,11 @@ class _Walk:
             self._edit.replace(node, result.node)
 
     def leave(self, node: fx.Node) -> None:
-        for position, value in enumerate(node.all_input_nodes):
-            if isinstance(self._rewritten.get(value), Complex):
-                raise UnsupportedOpError(
-                    f"output {position} of the model, {source(value)}, is complex; return torch.view_as_real of it"
-                )
+        for value in node.all_input_nodes:
+            result = self._rewritten.get(value)
+            if isinstance(result, Complex):
+                with self._edit.at(node, origin=value):
+                    node.replace_input_with(value, rules.pairs(result).node)
 
     def _run(self, node: fx.Node, op: Any, args: Any, kwargs: Any, value: Any, real_only: bool = False) -> Any:
         """What stands for op(*args, **kwargs), a call in the course of `node` that originally returned `value`."""
@@ -132,12 +143,6 @@ class _Walk:
             values[step] = self._run(node, step.target, step_args, step_kwargs, step.meta["val"])
         (result,) = body.graph.find_nodes(op="output")
         return fx.map_arg(result.args[0], values.__getitem__)
-
-
-def _concerns(node: fx.Node) -> bool:
-    """Whether a call takes or returns something complex, or belongs to torch.fft."""
-    values = [node.meta.get("val"), *(other.meta.get("val") for other in node.all_input_nodes)]
-    return any(map(_is_complex, values)) or _is_fourier(node.target)
 
 
 def _is_complex(value: Any) -> bool:

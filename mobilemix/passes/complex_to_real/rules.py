@@ -14,6 +14,7 @@ from mobilemix.passes.complex_to_real.values import (
     Number,
     Part,
     Real,
+    emit,
     fill,
     join,
     minus,
@@ -41,13 +42,20 @@ def _(call: Call, radius: Real, angle: Real) -> Complex:
 
 @rule("view_as_complex")
 def _(call: Call, x: Real) -> Complex:
-    re, im = (x.call(aten.select.int, -1, part) for part in (0, 1))
-    return Complex(re, im)
+    shape = x.shape[:-1]
+    return Complex.from_stacked(x, shape, len(shape))
 
 
 @rule("view_as_real")
 def _(call: Call, x: Complex) -> Real:
-    return call.emit(aten.stack.default, list(x.parts), -1)
+    return pairs(x)
+
+
+def pairs(x: Complex) -> Real:
+    """(…, 2): both parts along a last axis."""
+    if x.stacked and x.stacked[1] == len(x.shape):
+        return x.stacked[0].reshape((*x.shape, 2))
+    return emit(x.edit, aten.stack.default, list(x.parts), -1)
 
 
 @rule("real")

@@ -100,7 +100,7 @@ class Complex:
     def from_stacked(cls, data: Real, shape: Sequence[int], axis: int) -> "Complex":
         """Parts that lie in `data`, which holds shape[:axis] + (2,) + shape[axis:] in row-major order.
 
-        Only between two transforms is `axis` the rank, that is, do the parts lie behind the last axis.
+        Where `axis` is the rank, the parts lie behind the last axis, as in `torch.view_as_real`.
         """
         self = cls.__new__(cls)
         self.shape, self._parts, self.stacked = tuple(shape), None, (data, axis)
@@ -119,9 +119,13 @@ class Complex:
         if self._parts is None:
             assert self.stacked is not None
             data, axis = self.stacked
-            size = self.shape[axis]
-            both = data.reshape((*self.shape[:axis], 2 * size, *self.shape[axis + 1 :]))
-            self._parts = both.take(axis, 0, size), both.take(axis, size, 2 * size)
+            if axis == len(self.shape):
+                pairs = data.reshape((*self.shape, 2))
+                self._parts = pairs.call(aten.select.int, -1, 0), pairs.call(aten.select.int, -1, 1)
+            else:
+                size = self.shape[axis]
+                both = data.reshape((*self.shape[:axis], 2 * size, *self.shape[axis + 1 :]))
+                self._parts = both.take(axis, 0, size), both.take(axis, size, 2 * size)
         re, im = self._parts
         assert im is not None, "only the real part is known"
         return re, im

@@ -34,10 +34,14 @@ from mobilemix.errors import InputError, MobilemixError, TargetError, Unsupporte
 from mobilemix.files import sha256
 from mobilemix.passes.base import source
 from mobilemix.recipe import Recipe
+from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.coreml import frontend  # noqa: F401, it registers readers
 from mobilemix.targets.coreml.interface import distinct_outputs, take_unscaled
 from mobilemix.targets.coreml.mil_passes import PROBABILITIES, pass_pipeline
+
+STORED_DTYPES = {"int64": "int32", "bool": "int32", "float64": "float32"}
+"""Core ML's arrays are float32 and int32."""
 
 LABEL_OUTPUT = "classLabel"
 """Output of a classifier package: the best class. Core ML adds `classLabel_probs`, a dictionary of all classes."""
@@ -79,8 +83,8 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         inputs = [_image_input(lowered, shapes)]
     else:
         inputs = [
-            ct.TensorType(name=name, shape=shape, dtype=np.float32)
-            for name, shape in zip(lowered.input_names, shapes, strict=True)
+            ct.TensorType(name=name, shape=each.shape, dtype=_stored(each.dtype))
+            for name, each in zip(lowered.input_names, inputs_of(program), strict=True)
         ]
     classifier = _classifier(lowered, program)
     precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.precision.FLOAT16
@@ -93,7 +97,10 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         model = ct.convert(
             _decomposed(program, lowered.std if recipe.input == "image" else None),
             inputs=inputs,
-            outputs=[ct.TensorType(name=name, dtype=np.float32) for name in lowered.output_names],
+            outputs=[
+                ct.TensorType(name=name, dtype=_stored(dtype))
+                for name, (_, dtype) in zip(lowered.output_names, outputs_of(program), strict=True)
+            ],
             classifier_config=classifier,
             minimum_deployment_target=ct.target[f"iOS{recipe.minimum_ios}"],
             compute_precision=precision,
@@ -215,6 +222,10 @@ def _classifier(lowered: Lowered, program: ExportedProgram) -> ct.ClassifierConf
     return ct.ClassifierConfig(
         list(lowered.labels), predicted_feature_name=LABEL_OUTPUT, predicted_probabilities_output=PROBABILITIES
     )
+
+
+def _stored(dtype: str) -> type[np.generic]:
+    return np.dtype(STORED_DTYPES.get(dtype, dtype)).type
 
 
 def _shape(program: ExportedProgram, name: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import coremltools as ct
@@ -17,7 +18,7 @@ from mobilemix import parity
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import FAINT, audit
-from mobilemix.targets.coreml.convert import NORMALISATION_KEY, convert, quiet
+from mobilemix.targets.coreml.convert import NORMALISATION_KEY, STORED_DTYPES, convert, quiet
 from mobilemix.targets.coreml.equivalence import Equivalence, compare
 from mobilemix.targets.coreml.executor import Executor
 from mobilemix.targets.coreml.package import Package, read_package
@@ -54,9 +55,10 @@ class PackageRunner:
         return self.executor.values(self.feed(inputs))
 
     def feed(self, inputs: Inputs) -> dict[str, Array]:
-        """What the package takes: for an image, pixels (x · std + mean) · 255, computed in float64 and not clipped."""
+        """What the package takes: integers as int32, an image as pixels (x · std + mean) · 255 that are not clipped."""
         if self.normalisation is None:
-            return dict(inputs)
+            stored = {name: STORED_DTYPES.get(str(value.dtype), value.dtype) for name, value in inputs.items()}
+            return {name: value.astype(stored[name]) for name, value in inputs.items()}
         ((name, value),) = inputs.items()
         mean, std = (np.reshape(self.normalisation[key], (1, -1, 1, 1)) for key in ("mean", "std"))
         return {name: ((value.astype(np.float64) * std + mean) * 255).astype(np.float32)}
@@ -69,6 +71,7 @@ class CoreMLTarget:
     suffix = ".mlpackage"
     precisions = ("fp16", "fp32")
     takes_images = True
+    stored_dtypes: Mapping[str, str] = MappingProxyType(STORED_DTYPES)
     passes = ()
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:

@@ -1,8 +1,9 @@
 """The ONNX target: one checked `.onnx` file that ONNX Runtime, and whatever reads ONNX, can run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Inputs, Lowered, Runner
@@ -18,6 +19,7 @@ class OnnxTarget:
     suffix = ".onnx"
     precisions = ("fp32", "fp16")
     takes_images = False
+    stored_dtypes: Mapping[str, str] = MappingProxyType({})
     passes = ()
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxsim
@@ -15,12 +14,13 @@ from onnx_ir.passes import common
 
 import mobilemix
 from mobilemix.errors import InputError, TargetError
-from mobilemix.parity import relative_l2
+from mobilemix.parity import noise, relative_l2
 from mobilemix.recipe import Recipe
-from mobilemix.targets.base import Lowered
+from mobilemix.signature import inputs_of
+from mobilemix.targets.base import Inputs, Lowered
 from mobilemix.targets.onnx.half import halve
 from mobilemix.targets.onnx.rewrites import rewrite
-from mobilemix.targets.onnx.runtime import OnnxRunner, first_line, read_model
+from mobilemix.targets.onnx.runtime import OnnxRunner, first_line
 from mobilemix.targets.onnx.translate import translate
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -49,7 +49,8 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         draft, tidied, final = (Path(folder, stage, destination.name) for stage in ("draft", "tidied", "final"))
         save(model, draft)
         _tidy(draft, tidied)
-        misnamed = _compare(draft, tidied)
+        (sample,) = noise(inputs_of(lowered.program), 1)
+        misnamed = _compare(draft, tidied, dict(zip(lowered.input_names, sample.values(), strict=True)))
         model = ir.load(tidied)
         if recipe.precision == "fp16":
             halve(model)
@@ -84,7 +85,7 @@ def _tidy(source: Path, destination: Path) -> None:
         raise TargetError(f"onnxsim cannot simplify the graph: {first_line(error)}") from error
 
 
-def _compare(before: Path, after: Path) -> set[str]:
+def _compare(before: Path, after: Path, sample: Inputs) -> set[str]:
     """Compare on noise, because what onnxsim does to a graph is nobody's promise.
 
     Returns:
@@ -93,11 +94,6 @@ def _compare(before: Path, after: Path) -> set[str]:
     Raises:
         TargetError: an output changed, or ONNX Runtime cannot load one of the two.
     """
-    noise = np.random.default_rng(0)
-    sample = {
-        value.name: noise.standard_normal([size.dim_value for size in value.type.tensor_type.shape.dim], np.float32)
-        for value in read_model(before).graph.input
-    }
     try:
         original, tidied = (OnnxRunner(path, optimised=False) for path in (before, after))
     except InputError as error:
@@ -144,6 +140,8 @@ def _metadata(lowered: Lowered) -> dict[str, str]:
     """What an app needs beside the graph; lists are JSON."""
     lists = {"mean": lowered.mean, "std": lowered.std, "labels": lowered.labels}
     described = {key: json.dumps(values, ensure_ascii=False) for key, values in lists.items() if values is not None}
+    if lowered.complex_names:
+        described["complex"] = json.dumps(sorted(lowered.complex_names))
     return {"model": lowered.name, **described, **lowered.metadata}
 
 
