@@ -1,0 +1,201 @@
+"""Stand-ins for packages that need CUDA, so that repositories which import them load, run and export anywhere.
+
+    with mobilemix.shims.shim("mamba"):
+        from models.vmamba import VSSM
+
+`mamba` stands in for mamba_ssm, causal_conv1d, the compiled scans of VMamba's line, triton (importable, its kernels
+cannot run) and `torch.cuda.device` of a tensor on the CPU. Scans become `torch.ops.mobilemix.selective_scan` and
+`ssd_chunk_scan`, one node each in a captured graph. For evaluation: gradients flow, but the modules' step-by-step
+decoding does not exist. docs/shims.md lists the repositories that were tried.
+
+A package that is installed and can be imported is used as it is. This module is read without torch.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from mobilemix.errors import UnknownNameError
+from mobilemix.shims.table import MAMBA, SHIMS, TRITON
+
+__all__ = ["SHIMS", "missing_packages", "shim"]
+
+_made: dict[str, ModuleType] = {}
+"""Every stand-in is made once, so that its classes are the same each time a shim is entered."""
+
+
+@contextmanager
+def shim(*names: str) -> Iterator[None]:
+    """Make the packages of the named shims importable; afterwards `sys.modules` holds none of the stand-ins.
+
+    It may be entered again, and within itself. With no names it does nothing.
+
+    Args:
+        *names: keys of `SHIMS`.
+
+    Raises:
+        UnknownNameError: no such shim.
+        ImportError: on import, of a name that the stand-in does not offer.
+    """
+    for name in names:
+        if name not in SHIMS:
+            raise UnknownNameError("shim", name, SHIMS)
+    packages = tuple(package for name in names for package in SHIMS[name])
+    if not packages:
+        yield
+        return
+    before = set(sys.modules)
+    broken: list[str] = []
+    # Last, so that what is really there is found before; but first in place of what is there and cannot be imported.
+    with _devices_may_be_cpu(), _on_path(_Finder(packages), len(sys.meta_path)), _on_path(_Finder(broken), 0):
+        broken.extend(package for package in packages if _is_broken(package))
+        try:
+            yield
+        finally:
+            for name in set(sys.modules) - before:
+                if sys.modules[name] is _made.get(name):
+                    del sys.modules[name]
+
+
+@contextmanager
+def missing_packages() -> Iterator[list[str]]:
+    """Collect which of the packages that the shims cover are asked for and not there, while the block runs."""
+    recorder = _Recorder()
+    with _on_path(recorder, len(sys.meta_path)):
+        yield recorder.missing
+
+
+@contextmanager
+def _on_path(finder: MetaPathFinder, position: int) -> Iterator[None]:
+    sys.meta_path.insert(position, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the stand-ins of some packages."""
+
+    def __init__(self, packages: Collection[str]) -> None:
+        self.packages = packages
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        package = fullname.partition(".")[0]
+        if package not in self.packages:
+            return None
+        if package == TRITON:
+            # torch looks for triton to compile with it: what is found must not be a stub.
+            return None if _importer().partition(".")[0] == "torch" else ModuleSpec(fullname, self, is_package=True)
+        if fullname not in MAMBA:
+            valid = [name for name in MAMBA if name.startswith(package)]
+            raise ModuleNotFoundError(str(UnknownNameError("module of mobilemix:", fullname, valid)), name=fullname)
+        is_package = any(name.startswith(f"{fullname}.") for name in MAMBA)
+        return ModuleSpec(fullname, self, is_package=is_package)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _made.setdefault(spec.name, ModuleType(spec.name, "A stand-in of mobilemix."))
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        if name.partition(".")[0] == TRITON:
+            stub = importlib.import_module("mobilemix.shims.triton_stub")
+            vars(module).update(stub.NAMES if name == TRITON else {}, __getattr__=stub.placeholder)
+        else:
+            vars(module).update(_resolve(MAMBA[name]), __getattr__=_refusal(name))
+
+
+class _Recorder(MetaPathFinder):
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> None:
+        package = fullname.partition(".")[0]
+        is_ours = any(package in packages for packages in SHIMS.values())
+        if is_ours and package not in self.missing and _importer().partition(".")[0] != "torch":
+            self.missing.append(package)
+
+
+def _resolve(offer: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for name, place in offer.items():
+        module, _, attribute = place.partition(":")
+        found[name] = getattr(importlib.import_module(f"mobilemix.shims.{module}"), attribute)
+    return found
+
+
+def _refusal(module: str) -> Any:
+    def __getattr__(name: str) -> Any:  # noqa: N807 -- a module's own hook (PEP 562)
+        if name.startswith("__") or f"{module}.{name}" in MAMBA:  # what Python asks for, and modules yet to be imported
+            raise AttributeError(name)
+        # ImportError, which is what repositories guard their imports against.
+        raise ImportError(str(UnknownNameError(f"name in mobilemix's {module}:", name, MAMBA[module])))
+
+    return __getattr__
+
+
+def _importer() -> str:
+    """Name of the module that runs the import statement which is being resolved."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name = str(frame.f_globals.get("__name__", ""))
+        if not name.startswith("importlib") and name != __name__:
+            return name
+    return ""
+
+
+def _is_broken(package: str) -> bool:
+    """Whether a package is there, but fails to import; what it left behind is removed."""
+    if package in sys.modules:
+        return False
+    spec = importlib.util.find_spec(package)
+    if spec is None or isinstance(spec.loader, _Finder):
+        return False
+    before = set(sys.modules)
+    try:
+        importlib.import_module(package)
+    except Exception:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == package:
+                del sys.modules[name]
+        return True
+    return False
+
+
+@contextmanager
+def _devices_may_be_cpu() -> Iterator[None]:
+    """`with torch.cuda.device(tensor.device)` does nothing for a tensor on the CPU, instead of raising."""
+    import torch
+    from torch.utils import _triton
+
+    _triton.has_triton_package()  # it remembers its answer, which must be given without the stub
+    original = torch.cuda.device
+
+    class Device(original):  # type: ignore[misc, valid-type]
+        def __new__(cls, device: Any) -> Any:
+            if isinstance(device, torch.device | str) and torch.device(device).type == "cpu":
+                return nullcontext()
+            return super().__new__(cls)
+
+    torch.cuda.device = Device  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.cuda.device = original  # type: ignore[misc]
