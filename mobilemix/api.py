@@ -23,6 +23,7 @@ from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import lower
 from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
+from mobilemix.shims import shim
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import Source, load_source
 from mobilemix.targets import find_target
@@ -85,8 +86,9 @@ class Prepared:
     @functools.cached_property
     def references(self) -> dict[str, Reference]:
         """What the source model answers to the samples."""
-        complex_names = self.lowered.complex_names
-        return {name: reference(self.source.module, samples, complex_names) for name, samples in self.samples.items()}
+        module, complex_names = self.source.module, self.lowered.complex_names
+        with shim(*self.source.shim):
+            return {name: reference(module, samples, complex_names) for name, samples in self.samples.items()}
 
 
 def export(
@@ -121,7 +123,7 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
     stages = _Stages(listener)
     with stages("load"):
         source = load_source(recipe, module)
-    with stages("capture"):
+    with stages("capture"), shim(*source.shim):
         captured = capture(source.module, _example(source))
     with stages("rewrite"):
         passes: list[str] = []
@@ -285,6 +287,7 @@ def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
         input=kind,
         input_shapes=prepared.source.input_shapes,
         input_dtypes=prepared.source.input_dtypes,
+        shim=prepared.source.shim,
     )
 
 

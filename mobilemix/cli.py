@@ -19,6 +19,7 @@ import typer
 from mobilemix import __version__
 from mobilemix.errors import InputError, MobilemixError, UnknownNameError
 from mobilemix.recipe import DEFAULT_MODEL, INPUT_DTYPES, INPUT_KINDS, PRECISIONS, Recipe, load_recipe
+from mobilemix.shims import SHIMS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +74,10 @@ def export(
     minimum_ios: Annotated[
         int | None, typer.Option(help="Oldest iOS that must run the Core ML package; 16 if left out.")
     ] = None,
+    shim: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Stand in for packages that need CUDA, while the model loads and runs: {', '.join(SHIMS)}."),
+    ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative L2 error that passes; the precision's tier if left out.")
     ] = None,
@@ -91,6 +96,7 @@ def export(
         "labels": labels,
         "opset": opset,
         "minimum_ios": minimum_ios,
+        "shim": tuple(shim) if shim else None,
         "tolerance": tolerance,
         **_inputs(input_ or []),
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mobilemix.errors import InputError, UnknownNameError
+from mobilemix.shims import SHIMS
 from mobilemix.targets import TARGETS
 
 DEFAULT_MODEL = "affnet_et_flowers"
@@ -40,6 +41,7 @@ class Recipe:
         opset: ONNX opset version.
         minimum_ios: oldest iOS that must run the Core ML package.
         labels: file with one class name a line; None uses the model's own where it has them.
+        shim: names of `mobilemix.shims.SHIMS`: packages to stand in for while the model is loaded and run.
         tolerance: largest relative L2 error of the outputs against the float64 source; None is the precision's tier.
         max_size_mb: budget for the artifact's size in 10^6 bytes; None is no budget.
     """
@@ -56,6 +58,7 @@ class Recipe:
     opset: int = 18
     minimum_ios: int = 16
     labels: Path | None = None
+    shim: tuple[str, ...] = ()
     tolerance: float | None = None
     max_size_mb: float | None = None
 
@@ -63,9 +66,12 @@ class Recipe:
         """Refuse values that no recipe can have.
 
         Raises:
-            UnknownNameError: target, precision, input kind or dtype.
+            UnknownNameError: target, precision, input kind, dtype or shim.
             InputError: opset, iOS version, a shape, the normalisation or a budget out of range.
         """
+        for name in self.shim:
+            if name not in SHIMS:
+                raise UnknownNameError("shim", name, SHIMS)
         if self.target not in TARGETS:
             raise UnknownNameError("target", self.target, TARGETS)
         if self.precision is not None and self.precision not in PRECISIONS:
@@ -171,6 +177,7 @@ _READERS: dict[str, Callable[[Any, Path], Any]] = {
     "opset": _integer,
     "minimum_ios": _integer,
     "labels": _path,
+    "shim": _texts,
     "tolerance": _number,
     "max_size_mb": _number,
 }

@@ -5,7 +5,9 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import site
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,10 @@ from mobilemix.models import registry
 from mobilemix.models.checkpoint import load_weights, read_state_dict
 from mobilemix.preprocess import Preprocess
 from mobilemix.recipe import Recipe
+from mobilemix.shims import missing_packages, shim
+
+AUTOMATIC = "mamba"
+"""The shim that is tried where a model fails to load without."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Source:
         labels: file of the class names that fit if the number of classes does.
         weights: where they came from: "checkpoint", "shipped", "own" (set by the user's factory) or "random".
         metadata: author, license, description and the like for the artifact.
+        shim: names of the shims that it was loaded with, and needs to be run.
     """
 
     name: str
@@ -44,18 +51,43 @@ class Source:
     labels: Path
     weights: str
     metadata: Mapping[str, str]
+    shim: tuple[str, ...]
 
 
 def load_source(recipe: Recipe, module: nn.Module | None = None) -> Source:
     """The model that a recipe names; `module` is used in its place where a notebook already has one.
+
+    A factory that fails where a package is missing that a shim stands in for is called again with the shim, and a line
+    on standard error says so.
 
     Raises:
         UnknownNameError: no such model.
         CheckpointError: the recipe's weights cannot be read or do not fit.
         InputError: no shape for a model of the user's own, a factory that does not work, labels that do not fit.
     """
+    if module is not None or AUTOMATIC in recipe.shim:
+        return _load(recipe, module)
+    modules = set(sys.modules)
+    with missing_packages() as missing:
+        try:
+            return _load(recipe, None)
+        except CaptureError:
+            if not missing:
+                raise
+    # What was imported without the shim may have settled for less than the shim offers.
+    for name in set(sys.modules) - modules:
+        if _is_users(sys.modules[name]):
+            del sys.modules[name]
+    source = _load(dataclasses.replace(recipe, shim=(*recipe.shim, AUTOMATIC)), None)
+    verb = "is" if len(missing) == 1 else "are"
+    note = f"{' and '.join(missing)} {verb} not installed; using mobilemix's implementation (--shim {AUTOMATIC})"
+    sys.stderr.write(f"note: {note}\n")
+    return source
+
+
+def _load(recipe: Recipe, module: nn.Module | None) -> Source:
     # Weights that are drawn rather than loaded must be the same ones when the artifact is verified later.
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), shim(*recipe.shim):
         torch.manual_seed(0)
         if module is not None:
             return _own(recipe, recipe.model, module.eval())
@@ -88,7 +120,8 @@ def _registered(recipe: Recipe) -> Source:
         "description": f"{family.title} ({spec.variant}), arXiv:{family.paper}",
     }
     weights = "checkpoint" if recipe.weights else "shipped" if spec.weights else "random"
-    return Source(spec.name, module, shapes, dtypes, preprocess, assets.path(spec.labels), weights, metadata)
+    labels = assets.path(spec.labels)
+    return Source(spec.name, module, shapes, dtypes, preprocess, labels, weights, metadata, recipe.shim)
 
 
 def _own(recipe: Recipe, name: str, module: nn.Module) -> Source:
@@ -108,7 +141,8 @@ def _own(recipe: Recipe, name: str, module: nn.Module) -> Source:
         mean, std = recipe.mean or (0.0,) * shape[1], recipe.std or (1.0,) * shape[1]
         preprocess = Preprocess(shape[2], shape[3], mean, std)
     labels, weights = assets.path(registry.IMAGENET_LABELS), "checkpoint" if recipe.weights else "own"
-    return Source(name, module, recipe.input_shapes, dtypes, preprocess, labels, weights, {"description": name})
+    metadata = {"description": name}
+    return Source(name, module, recipe.input_shapes, dtypes, preprocess, labels, weights, metadata, recipe.shim)
 
 
 def _dtypes(recipe: Recipe, shapes: tuple[tuple[int, ...], ...]) -> tuple[str, ...]:
@@ -159,6 +193,13 @@ def _import_module(name: str) -> ModuleType:
     sys.path.insert(0, str(Path.cwd()))
     module: ModuleType = _run_users_code(name, functools.partial(importlib.import_module, name))
     return module
+
+
+def _is_users(module: ModuleType) -> bool:
+    """Whether a module is of the user's own files: neither installed nor of Python itself."""
+    file = getattr(module, "__file__", None)
+    installed = (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages())
+    return file is not None and not any(Path(file).is_relative_to(folder) for folder in installed)
 
 
 def _run_users_code(what: str, call: Callable[[], Any]) -> Any:
