@@ -11,12 +11,14 @@ result of one transform has its parts where the next wants them, so that neighbo
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mobilemix.passes.complex_to_real import dft
+from mobilemix.passes.complex_to_real import costs, dft
+from mobilemix.passes.complex_to_real.dft import Transform
+from mobilemix.passes.complex_to_real.mixed_radix import Network, is_transposed, network
 from mobilemix.passes.complex_to_real.table import Call, rule
 from mobilemix.passes.complex_to_real.values import Complex, Real, emit, fill, join
 
@@ -25,11 +27,8 @@ aten = torch.ops.aten
 FORWARD, INVERSE = -1, 1
 """Sign of the exponent."""
 
-_WIDE = 48
-"""Numbers behind an axis from which many small products cost less than two transpositions around a large one.
 
-ONNX Runtime, one thread, any n from 8 to 128: 0.4 of the time at 5 numbers, 0.6 at 17, 0.9 at 33, 1.2 at 65.
-"""
+_Numbers = Literal["real", "complex", "half"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,36 +49,83 @@ def _scale(n: int, norm: str | None, sign: int) -> float:
 
 
 def _apply(call: Call, x: Real | Complex, steps: Sequence[_Step], to_real: bool) -> Real | Complex:
-    """Transform axis by axis; with `to_real` the last step makes a real signal of a half spectrum."""
-    for position, step in enumerate(steps):
-        following = steps[position + 1].axis if position + 1 < len(steps) else None
-        x = _apply_one(call, x, step, following, to_real and following is None)
+    """Transform axis by axis, or several axes at once; with `to_real` the last step takes half a spectrum."""
+    transforms = _transforms(call, x, steps, to_real)
+    axes = [step.axis for step in steps]
+    if _is_joint(x.shape, axes, transforms):
+        return _apply_jointly(call, x, axes, transforms, to_real)
+    for position, transform in enumerate(transforms):
+        following = axes[position + 1] if position + 1 < len(axes) else None
+        x = _apply_one(call, x, axes[position], transform, following, to_real)
     return x
 
 
-def _apply_one(call: Call, x: Real | Complex, step: _Step, following: int | None, to_real: bool) -> Real | Complex:
-    axis, signal = step.axis, x.shape[step.axis]
+def _transforms(call: Call, x: Real | Complex, steps: Sequence[_Step], to_real: bool) -> list[Transform]:
+    found: list[Transform] = []
+    for step in steps:
+        last = step is steps[-1]
+        takes: _Numbers = "half" if to_real and last else "real" if isinstance(x, Real) and not found else "complex"
+        size = step.n // 2 + 1 if step.half else step.n
+        one_part = last and (to_real or call.real_only)
+        found.append(Transform(takes, step.n, x.shape[step.axis], size, one_part, step.sign, step.scale))
+    return found
+
+
+def _is_joint(shape: Sequence[int], axes: list[int], transforms: list[Transform]) -> bool:
+    """Whether one matrix for all axes costs less than one operator or more for each."""
+    first, last = min(axes), max(axes)
+    if len(axes) == 1 or len(set(axes)) < len(axes) or last - first >= len(axes):
+        return False
+    sizes, separate = list(shape), 0.0
+    for axis, transform in zip(axes, transforms, strict=True):
+        separate += costs.best(transform, math.prod(sizes[:axis]), math.prod(sizes[axis + 1 :])).cost
+        sizes[axis] = transform.size
+    inputs = math.prod(shape[first : last + 1]) * (1 if transforms[0].takes == "real" else 2)
+    outputs = math.prod(sizes[first : last + 1]) * (1 if transforms[-1].one_part else 2)
+    whole = costs.dense(inputs, outputs, math.prod(shape[:first]), math.prod(shape[last + 1 :]))
+    return whole.cost < costs.MARGIN * separate
+
+
+def _apply_jointly(
+    call: Call, x: Real | Complex, axes: list[int], transforms: list[Transform], to_real: bool
+) -> Real | Complex:
+    first, last = min(axes), max(axes)
+    matrix = dft.joint(tuple(transforms), tuple(axis - first for axis in axes))
+    outer, inner = math.prod(x.shape[:first]), math.prod(x.shape[last + 1 :])
+    data = (x if isinstance(x, Real) else _stack(x, first)).reshape((outer, matrix.shape[1], inner))
+    shape = list(x.shape)
+    for axis, transform in zip(axes, transforms, strict=True):
+        shape[axis] = transform.size
+    outputs, inputs = matrix.shape
+    product = _multiply(call, matrix, data, costs.dense(inputs, outputs, outer, inner).around)
+    return _result(product, shape, first, transforms[-1], to_real)
+
+
+def _apply_one(
+    call: Call, x: Real | Complex, axis: int, transform: Transform, following: int | None, to_real: bool
+) -> Real | Complex:
     outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
-    if isinstance(x, Real):
-        outputs = step.n // 2 + 1 if step.half else step.n
-        matrix = dft.real_to_complex(signal, step.n, outputs, step.sign, step.scale)
-        data = x.reshape((outer, signal, inner))
+    data, part_axis = (x, axis) if isinstance(x, Real) else along(x, axis)
+    data = data.reshape((outer, transform.inputs, inner))
+    form = costs.best(transform, outer, inner)
+    interleaved_input, interleaved_output = part_axis == axis + 1, not transform.one_part and following == axis + 1
+    if len(form.factors) > 1:
+        interleaved_output &= not is_transposed(transform, interleaved_input)
+        stages = network(transform, form.factors, interleaved_input, interleaved_output)
+        product = _run(call, stages, data, form.around)
     else:
-        outputs = step.n
-        make = dft.complex_to_real if to_real else dft.complex_to_complex
-        matrix = make(signal, step.n, step.sign, step.scale)
-        data, part_axis = along(x, axis)
-        data = data.reshape((outer, 2 * signal, inner))
-        if part_axis == axis + 1:
-            matrix = dft.interleaved(matrix, 1)
-    part_axis = axis + 1 if following == axis + 1 else axis
-    if not to_real and part_axis == axis + 1:
-        matrix = dft.interleaved(matrix, 0)
-    shape = (*x.shape[:axis], outputs, *x.shape[axis + 1 :])
-    if call.real_only and following is None and not to_real:
-        return Complex.from_real_part(_multiply(call, matrix[:outputs], data).reshape(shape))
-    product = _multiply(call, matrix, data)
-    return product.reshape(shape) if to_real else Complex.from_stacked(product, shape, part_axis)
+        matrix = dft.dense(transform)
+        matrix = dft.interleaved(matrix, 1) if interleaved_input else matrix
+        matrix = dft.interleaved(matrix, 0) if interleaved_output else matrix
+        product = _multiply(call, matrix, data, form.around)
+    shape = (*x.shape[:axis], transform.size, *x.shape[axis + 1 :])
+    return _result(product, shape, axis + 1 if interleaved_output else axis, transform, to_real)
+
+
+def _result(product: Real, shape: Sequence[int], part_axis: int, transform: Transform, to_real: bool) -> Real | Complex:
+    if not transform.one_part:
+        return Complex.from_stacked(product, shape, part_axis)
+    return product.reshape(shape) if to_real else Complex.from_real_part(product.reshape(shape))
 
 
 def along(x: Complex, axis: int) -> tuple[Real, int]:
@@ -89,7 +135,13 @@ def along(x: Complex, axis: int) -> tuple[Real, int]:
     return emit(x.edit, aten.cat.default, list(x.parts), axis), axis
 
 
-def _multiply(call: Call, matrix: Tensor, data: Real) -> Real:
+def _stack(x: Complex, axis: int) -> Real:
+    """Both parts in one tensor, (…, 2, n, …)."""
+    data, part_axis = along(x, axis)
+    return data if part_axis == axis else emit(x.edit, aten.cat.default, list(x.parts), axis)
+
+
+def _multiply(call: Call, matrix: Tensor, data: Real, around: bool) -> Real:
     """(outputs, inputs) times (outer, inputs, inner) along the middle axis."""
     outer, inputs, inner = data.shape
     name = f"dft_{matrix.shape[0]}x{matrix.shape[1]}"
@@ -97,11 +149,40 @@ def _multiply(call: Call, matrix: Tensor, data: Real) -> Real:
         return data.reshape((outer, inputs)).call(aten.mm.default, constant(call, name, matrix.T, data.dtype))
     if outer == 1:
         return constant(call, name, matrix, data.dtype).call(aten.mm.default, data.reshape((inputs, inner)))
-    if inner >= _WIDE:
+    if not around:
         return constant(call, name, matrix, data.dtype).call(aten.matmul.default, data)
     rows = data.call(aten.transpose.int, 1, 2).reshape((outer * inner, inputs))
     product = rows.call(aten.mm.default, constant(call, name, matrix.T, data.dtype))
     return product.reshape((outer, inner, len(matrix))).call(aten.transpose.int, 1, 2)
+
+
+def _run(call: Call, stages: Network, data: Real, around: bool) -> Real:
+    """The stages of a transform along the middle axis of (outer, inputs, inner)."""
+    outer, inputs, inner = data.shape
+    if around:
+        moved = data.call(aten.transpose.int, 0, 1) if inner > 1 else data.reshape((outer, inputs)).call(aten.t.default)
+        result = _run(call, stages, moved.reshape((1, inputs, outer * inner)), False)
+        outputs = result.shape[1]
+        if inner == 1:
+            return result.reshape((outputs, outer)).call(aten.t.default)
+        return result.reshape((outputs, outer, inner)).call(aten.transpose.int, 0, 1)
+    order = constant(call, f"dft_order_{len(stages.order)}", stages.order, torch.int64)
+    if stages.transposed:
+        data = data.call(aten.index_select.default, 1, order)
+    elif stages.taken != stages.signal or stages.padded != stages.taken:
+        data = data.reshape((outer, inputs // stages.signal, stages.signal, inner)).take(2, 0, stages.taken)
+        if stages.padded != stages.taken:
+            data = data.call(aten.constant_pad_nd.default, [0, 0, 0, stages.padded - stages.taken], 0.0)
+    total = math.prod(data.shape) // outer
+    for stage in stages.stages:
+        groups, rows, columns = stage.shape
+        behind = total // (groups * columns)
+        batch = [outer] * (outer > 1) + [groups] * (groups > 1)
+        matrix = constant(call, f"dft_{groups}x{rows}x{columns}", stage if groups > 1 else stage[0], data.dtype)
+        data = matrix.call(aten.matmul.default if batch else aten.mm.default, data.reshape((*batch, columns, behind)))
+        total = groups * rows * behind
+    data = data.reshape((outer, total // inner, inner))
+    return data if stages.transposed else data.call(aten.index_select.default, 1, order)
 
 
 def constant(call: Call, name: str, tensor: Tensor, dtype: torch.dtype) -> Real:
