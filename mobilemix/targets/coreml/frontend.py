@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb  # noqa: N813, its name everywhere
-from coremltools.converters.mil.frontend.torch.ops import _get_inputs, _get_kwinputs
+from coremltools.converters.mil.frontend.torch.ops import NUM_TO_DTYPE_STRING, _get_inputs, _get_kwinputs
 from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op
+from coremltools.converters.mil.mil import types
 
 
 @register_torch_op(override=True)  # type: ignore[untyped-decorator]
@@ -48,3 +49,15 @@ def group_norm(context: Any, node: Any) -> None:
     if bias is not None:
         result = mb.add(x=result, y=mb.reshape(x=bias, shape=by_channel))
     context.add(result, torch_name=node.name)
+
+
+@register_torch_op(override=True)  # type: ignore[untyped-decorator]
+def cumsum(context: Any, node: Any) -> None:
+    """The stock reader passes a negative axis on as it is; of these, the operation takes −1 alone."""
+    x, axis, *dtype = _get_inputs(context, node, min_expected=2)
+    (dtype,) = _get_kwinputs(context, node, "dtype", default=dtype or [None])
+    if dtype is not None:
+        x = mb.cast(x=x, dtype=NUM_TO_DTYPE_STRING[dtype.val])
+    elif types.is_bool(x.dtype):
+        x = mb.cast(x=x, dtype="int32")
+    context.add(mb.cumsum(x=x, axis=axis.val % x.rank, name=node.name))

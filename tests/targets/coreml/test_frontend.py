@@ -65,3 +65,18 @@ def test_group_norm_is_one_operation_that_stays_within_fp16(tmp_path, groups, af
         types = [each.type for each in read_package(path).operations]
         assert types.count("layer_norm") == 1
         assert "square" not in types
+
+
+@pytest.mark.parametrize("dim", [-3, -2, -1, 0, 2])
+@pytest.mark.parametrize(("of", "dtype"), [("values", None), ("signs", None), ("signs", torch.float32)])
+def test_cumulative_sums_along_any_axis(tmp_path, dim, of, dtype):
+    class Net(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.cumsum(image > 0 if of == "signs" else image, dim, dtype=dtype).to(image.dtype)
+
+    lowered = case.lowered(Net(), output_names=("output",))
+    convert(lowered, case.FP32, tmp_path / "net.mlpackage")
+    (sample,) = case.samples()
+    (expected,) = parity.reference(Net(), [sample]).outputs[0]
+    runner = PackageRunner(read_package(tmp_path / "net.mlpackage"))
+    assert parity.relative_l2(runner.run(sample)["output"], expected) < BUILD_RELATIVE_L2
