@@ -104,7 +104,7 @@ def export(
         model: a registry name, `path/to/file.py:factory`, `package.module:factory`, or a module.
         output: folder for the artifact and its manifest.
         listener: told the name of each stage as it begins.
-        **options: the other fields of `Recipe` (target, precision, input_shapes, input_dtypes, …).
+        **options: the other fields of `Recipe` (target, precision, input_shapes, input_dtypes, …); `shim` may be one name.
 
     Returns:
         The export; a failed verification is in its `parity`, not an exception.
@@ -113,6 +113,8 @@ def export(
         MobilemixError: see `mobilemix.errors`; nothing was written, and an older artifact is as it was.
     """
     module = model if isinstance(model, nn.Module) else None
+    if isinstance(options.get("shim"), str):
+        options["shim"] = (options["shim"],)
     recipe = Recipe(model=type(model).__name__ if module is not None else str(model), **options)
     return deploy(prepare(recipe, module=module, listener=listener), recipe, Path(output), listener=listener)
 
