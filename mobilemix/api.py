@@ -104,7 +104,8 @@ def export(
         model: a registry name, `path/to/file.py:factory`, `package.module:factory`, or a module.
         output: folder for the artifact and its manifest.
         listener: told the name of each stage as it begins.
-        **options: the other fields of `Recipe` (target, precision, input_shapes, input_dtypes, …); `shim` may be one name.
+        **options: the other fields of `Recipe` (target, precision, input_shapes, input_dtypes, …); `shim` may be one
+            name.
 
     Returns:
         The export; a failed verification is in its `parity`, not an exception.
