@@ -4,7 +4,7 @@ An end-to-end tolerance for float16 hides real faults: the tanh form of GELU, a 
 stay below the rounding of every value. So the two programs are compared as graphs, from the outputs back to the inputs
 (the order of independent operations does not matter): the same operators, the same wiring, the same parameters, and
 every constant exactly the rounded one, bit for bit. All that may differ is casts between float16 and float32, casts
-between widths of integers, and multiplications by one.
+between widths of integers, and operations that change nothing: times ones, plus zeros.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ import numpy as np
 from mobilemix.targets.coreml.package import Constant, Operation, Package
 
 _KINDS = dict.fromkeys(("fp16", "fp32"), "float") | dict.fromkeys(("int16", "uint16", "int32"), "integer")
+
+_NEUTRAL = {"mul": 1, "add": 0}
 
 _SMALLEST_FP16 = np.float16(2**-24)
 _GUARDED_SIZE = 400
@@ -76,20 +78,40 @@ class _Graph:
             operation, _ = self.producers[bound]
             if operation.type == "const":
                 return operation.attributes["val"]
-            if not self.changes_nothing(operation):
+            passed = self.passed_on(operation)
+            if passed is None:
                 return bound
-            (bound,) = operation.inputs["x"]
+            bound = passed
         return bound
 
-    def changes_nothing(self, operation: Operation) -> bool:
-        """Whether an operation is a cast within floating point or within the integers, or a multiplication by one."""
-        if operation.type == "mul":
-            factor = self.resolve(operation.inputs["y"][0])
-            return isinstance(factor, Constant) and factor.shape == () and factor.array.item() == 1
-        if operation.type != "cast":
-            return False
-        kind = _KINDS.get(self.dtype(operation.inputs["x"][0]))
-        return kind is not None and kind == _KINDS.get(operation.outputs[0].dtype)
+    def passed_on(self, operation: Operation) -> str | Constant | None:
+        """The argument that an operation hands on as it is, but for its width; None if it computes something."""
+        if operation.type == "cast":
+            kind = _KINDS.get(self.dtype(operation.inputs["x"][0]))
+            same = kind is not None and kind == _KINDS.get(operation.outputs[0].dtype)
+            return operation.inputs["x"][0] if same else None
+        # coremltools drops them where their value is no output of the program: in fp16 a cast stands behind it.
+        neutral = _NEUTRAL.get(operation.type)
+        for name, other in (("x", "y"), ("y", "x")) if neutral is not None else ():
+            bound, constant = operation.inputs[name][0], self._constant(operation.inputs[other][0])
+            is_neutral = constant is not None and bool(np.all(constant.array == neutral))
+            if is_neutral and self.shape(bound) == operation.outputs[0].shape:
+                return bound
+        return None
+
+    def _constant(self, bound: str | Constant) -> Constant | None:
+        if isinstance(bound, str) and bound in self.producers:
+            operation, _ = self.producers[bound]
+            return operation.attributes["val"] if operation.type == "const" else None
+        return bound if isinstance(bound, Constant) else None
+
+    def shape(self, bound: str | Constant) -> tuple[int | None, ...]:
+        if isinstance(bound, Constant):
+            return bound.shape
+        if bound in self.inputs:
+            return self.inputs[bound].shape
+        operation, index = self.producers[bound]
+        return operation.outputs[index].shape
 
     def dtype(self, bound: str | Constant) -> str:
         if isinstance(bound, Constant):
@@ -200,7 +222,7 @@ class _Walk:
             [
                 operation
                 for operation in package.operations
-                if operation.type != "const" and id(operation) not in matched and not graph.changes_nothing(operation)
+                if operation.type != "const" and id(operation) not in matched and graph.passed_on(operation) is None
             ]
             for package, graph, matched in zip(self.packages, (self.fp32, self.fp16), reached, strict=True)
         ]

@@ -106,6 +106,30 @@ def test_a_program_equals_itself_and_counts_what_it_compared(tmp_path: Path) -> 
     assert found.in_float16 == frozenset()
 
 
+class Affine(nn.Module):
+    """What a norm ends with, and nothing behind it."""
+
+    def __init__(self, scale: float, shift: float) -> None:
+        super().__init__()
+        self.scale, self.shift = torch.full((16,), scale), torch.full((16,), shift)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.shift + self.scale * torch.tanh(image)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1.0, 0.5), (0.5, 0.0)])
+def test_times_ones_and_plus_zeros_change_nothing(scale: float, shift: float, tmp_path: Path) -> None:
+    assert compare(*both(Affine(scale, shift), tmp_path)).differences == ()
+
+
+def test_one_element_beside_ones_changes_something(tmp_path: Path) -> None:
+    fp32 = package(lowered(seeded(Affine(1.0, 0.5))), FP32, tmp_path)
+    other = Affine(1.0, 0.5)
+    other.scale[3] = 1.5
+    fp16 = package(lowered(seeded(other)), FP16, tmp_path / "other")
+    assert compare(fp32, fp16).differences
+
+
 def test_which_values_are_float16(tmp_path: Path) -> None:
     fp32, fp16 = (package(lowered(), recipe, tmp_path) for recipe in (FP32, FP16))
     names = compare(fp32, fp16).in_float16
