@@ -13,7 +13,10 @@ import numpy as np
 from mobilemix.targets.coreml.package import Package
 
 LARGEST = 65504.0
-"""Largest finite float16. A value beyond it becomes infinite on the device, so it fails the audit."""
+"""Largest finite float16. A value beyond it becomes infinite on the device, so it fails the audit.
+
+One that is infinite in the float32 build is infinite in the model, as masks are: float16 holds it as it is.
+"""
 
 SMALLEST_NORMAL = 2.0**-14
 """Smallest float16 with full precision."""
@@ -32,7 +35,7 @@ class Range:
 
     Attributes:
         name: of the value in the graph.
-        largest: the largest magnitude; infinite or not a number if any element is.
+        largest: the largest finite magnitude; not a number if any element is.
         subnormal: share of the non-zero elements below the smallest normal float16.
         lost: relative L2 error if those were flushed to zero.
     """
@@ -109,6 +112,7 @@ class _Accumulator:
 
     def add(self, value: np.ndarray) -> None:
         magnitude = np.abs(value.astype(np.float64).ravel())
+        magnitude = magnitude[~np.isinf(magnitude)]
         self.largest = float(np.max(magnitude, initial=self.largest))
         small = magnitude[magnitude < SMALLEST_NORMAL]
         self.nonzero += int(np.count_nonzero(magnitude))

@@ -35,12 +35,19 @@ def test_ranges_over_all_samples(empty: Package) -> None:
     assert (b.largest, b.subnormal, b.lost, b.overflows) == (70000.0, 0.0, 0.0, True)
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, np.nextafter(LARGEST, np.inf)])
+@pytest.mark.parametrize("value", [np.nan, np.nextafter(LARGEST, np.inf), -1e30])
 @pytest.mark.parametrize("sample", [0, 1])
 def test_what_float16_cannot_hold_overflows_in_whichever_sample(value: float, sample: int, empty: Package) -> None:
     runs = [[("a", np.array([1.0, value if index == sample else 2.0]))] for index in (0, 1)]
     found = audit(empty, [*runs, [("b", np.array([5.0]))]], {"a", "b"})
     assert [each.name for each in found.overflowing] == ["a"]
+
+
+def test_masks_of_infinities_do_not_overflow(empty: Package) -> None:
+    runs = [[("a", np.array([1.0, -np.inf, TINY])), ("b", np.array([np.inf, 1e5]))]]
+    a, b = audit(empty, runs, {"a", "b"}).ranges
+    assert (a.largest, a.subnormal, a.overflows) == (1.0, 0.5, False)
+    assert b.overflows
 
 
 def test_the_largest_float16_does_not_overflow(empty: Package) -> None:
