@@ -8,7 +8,9 @@ cannot run) and `torch.cuda.device` of a tensor on the CPU. Scans become `torch.
 `ssd_chunk_scan`, one node each in a captured graph. For evaluation: gradients flow, but the modules' step-by-step
 decoding does not exist. docs/shims.md lists the repositories that were tried.
 
-A package that is installed and can be imported is used as it is. This module is read without torch.
+A package that is installed and can be imported is used as it is, but for what cannot run without a package that is not:
+where there is no triton, the kernels of mamba_ssm are stood in for even if mamba_ssm, or a fork of it, is there. This
+module is read without torch.
 """
 
 import importlib
@@ -22,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from mobilemix.errors import UnknownNameError
-from mobilemix.shims.table import MAMBA, SHIMS, TRITON
+from mobilemix.shims.table import MAMBA, NEEDS, SHIMS, TRITON
 
 __all__ = ["SHIMS", "missing_packages", "shim"]
 
@@ -51,10 +53,14 @@ def shim(*names: str) -> Iterator[None]:
         yield
         return
     before = set(sys.modules)
-    broken: list[str] = []
+    replaced: set[str] = set()
     # Last, so that what is really there is found before; but first in place of what is there and cannot be imported.
-    with _devices_may_be_cpu(), _on_path(_Finder(packages), len(sys.meta_path)), _on_path(_Finder(broken), 0):
-        broken.extend(package for package in packages if _is_broken(package))
+    with _forgiving_torch(), _on_path(_Finder(packages), len(sys.meta_path)), _on_path(_Finder(replaced), 0):
+        for package in packages:
+            is_there = _is_there(package)
+            if not (is_there and _imports(package)):
+                replaced.update(module for module, needed in NEEDS.items() if needed == package)
+                replaced.update({package} if is_there else ())
         try:
             yield
         finally:
@@ -81,10 +87,10 @@ def _on_path(finder: MetaPathFinder, position: int) -> Iterator[None]:
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the stand-ins of some packages."""
+    """Finds the stand-ins of some packages and modules."""
 
-    def __init__(self, packages: Collection[str]) -> None:
-        self.packages = packages
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
 
     def find_spec(
         self,
@@ -93,7 +99,7 @@ class _Finder(MetaPathFinder, Loader):
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
         package = fullname.partition(".")[0]
-        if package not in self.packages:
+        if package not in self.names and fullname not in self.names:
             return None
         if package == TRITON:
             # torch looks for triton to compile with it: what is found must not be a stub.
@@ -161,13 +167,16 @@ def _importer() -> str:
     return ""
 
 
-def _is_broken(package: str) -> bool:
-    """Whether a package is there, but fails to import; what it left behind is removed."""
+def _is_there(package: str) -> bool:
+    """Whether anything but a stand-in answers to the name."""
     if package in sys.modules:
-        return False
+        return sys.modules[package] is not _made.get(package)
     spec = importlib.util.find_spec(package)
-    if spec is None or isinstance(spec.loader, _Finder):
-        return False
+    return spec is not None and not isinstance(spec.loader, _Finder)
+
+
+def _imports(package: str) -> bool:
+    """Whether the import works; what it leaves behind if not is removed."""
     before = set(sys.modules)
     try:
         importlib.import_module(package)
@@ -175,27 +184,45 @@ def _is_broken(package: str) -> bool:
         for name in set(sys.modules) - before:
             if name.partition(".")[0] == package:
                 del sys.modules[name]
-        return True
-    return False
+        return False
+    return True
 
 
 @contextmanager
-def _devices_may_be_cpu() -> Iterator[None]:
-    """`with torch.cuda.device(tensor.device)` does nothing for a tensor on the CPU, instead of raising."""
+def _forgiving_torch() -> Iterator[None]:
+    """Let pass what means something on a GPU alone, or in eager mode alone.
+
+    `with torch.cuda.device(tensor.device)` does nothing for a tensor on the CPU. A subclass of Tensor that adds methods
+    only, made of a tensor that is being traced, is that tensor.
+    """
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils import _triton
 
     _triton.has_triton_package()  # it remembers its answer, which must be given without the stub
-    original = torch.cuda.device
+    device = torch.cuda.device
 
-    class Device(original):  # type: ignore[misc, valid-type]
-        def __new__(cls, device: Any) -> Any:
-            if isinstance(device, torch.device | str) and torch.device(device).type == "cpu":
-                return nullcontext()
-            return super().__new__(cls)
+    class Device(device):  # type: ignore[misc, valid-type]
+        def __new__(cls, which: Any) -> Any:
+            on_cpu = which is None or (isinstance(which, torch.device | str) and torch.device(which).type == "cpu")
+            return nullcontext() if on_cpu and not torch.cuda.is_available() else super().__new__(cls)
 
-    torch.cuda.device = Device  # type: ignore[misc]
+    def make(cls: type, *values: Any, **options: Any) -> Any:
+        if len(values) == 1 and isinstance(values[0], FakeTensor):
+            return values[0]
+        return torch.Tensor.__new__(cls, *values, **options)
+
+    subclasses = [
+        cls
+        for cls in torch.Tensor.__subclasses__()
+        if cls.__module__.partition(".")[0] != "torch" and not {"__new__", "__torch_dispatch__"} & vars(cls).keys()
+    ]
+    torch.cuda.device = Device  # type: ignore[misc, assignment]
+    for cls in subclasses:
+        cls.__new__ = make  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.cuda.device = original  # type: ignore[misc]
+        torch.cuda.device = device  # type: ignore[misc]
+        for cls in subclasses:
+            del cls.__new__

@@ -120,6 +120,20 @@ MAMBA: Mapping[str, Offer] = {
 TRITON = "triton"
 """Its stub offers any name, in any submodule."""
 
+_LANGUAGE = (
+    "mamba_ssm.models",
+    "mamba_ssm.models.mixer_seq_simple",
+    "mamba_ssm.utils.generation",
+    "mamba_ssm.utils.hf",
+)
+"""What mamba_ssm imports for its language models, and breaks with newer releases of transformers."""
+
+NEEDS: Mapping[str, str] = {
+    **{name: TRITON for name in MAMBA if name.startswith("mamba_ssm.ops.triton.") or name in _LANGUAGE},
+    **{name: "causal_conv1d_cuda" for name in MAMBA if name.partition(".")[0] == "causal_conv1d"},
+}
+"""Module → what it cannot run without: where that is stood in for, so is the module, even if it is there."""
+
 SHIMS: Mapping[str, tuple[str, ...]] = {
     # Extensions before the packages that import them.
     "mamba": (TRITON, *sorted({name.partition(".")[0] for name in MAMBA}, key=lambda name: ("cuda" not in name, name))),

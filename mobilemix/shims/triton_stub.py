@@ -1,5 +1,6 @@
 """A triton that can be imported: kernels are defined, and say what is wrong when they are run."""
 
+from types import SimpleNamespace
 from typing import Any
 
 from mobilemix.errors import UnsupportedOpError
@@ -55,9 +56,13 @@ def _decorator(*arguments: object, **options: object) -> Any:  # noqa: ARG001
     return Kernel
 
 
+def _config(kwargs: Any = None, num_warps: int = 4, num_stages: int = 2, **options: object) -> SimpleNamespace:
+    return SimpleNamespace(kwargs=kwargs, num_warps=num_warps, num_stages=num_stages, **options)
+
+
 NAMES = {
     "__version__": "3.0.0",
-    "Config": Placeholder(),
+    "Config": _config,
     "autotune": _decorator,
     "cdiv": lambda x, y: -(-x // y),
     "heuristics": _decorator,
