@@ -120,3 +120,15 @@ def test_values_beyond_the_range_are_found(tmp_path: Path) -> None:
         check.name: check.passed for check in checks.rounding(lowered, RECIPE, path, [{"x": np.ones(4, np.float32)}])
     }
     assert [name for name, passed in found.items() if not passed] == ["float16 range"]
+
+
+def test_masks_of_infinities_are_within_the_range(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.masked_fill(x > 0, -torch.inf).exp()
+
+    path = tmp_path / "masked.onnx"
+    lowered = onnx_cases.lower(Masked(), torch.randn(4))
+    OnnxTarget().compile(lowered, RECIPE, path)
+    found = checks.rounding(lowered, RECIPE, path, [{"x": np.array([-1, 2, -3, 4], np.float32)}])
+    assert all(check.passed for check in found), found
