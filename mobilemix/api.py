@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from mobilemix import __version__, assets, files
 from mobilemix.capture import capture
@@ -126,8 +127,8 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
     stages = _Stages(listener)
     with stages("load"):
         source = load_source(recipe, module)
-    with stages("capture"), shim(*source.shim):
-        captured = capture(source.module, _example(source))
+    with stages("capture"):
+        captured = capture_source(source)
     with stages("rewrite"):
         passes: list[str] = []
         program = lower(captured, log=passes.append)
@@ -149,6 +150,12 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
         complex_names=frozenset(name for name, dtype in source_dtypes if dtype.startswith("complex")),
     )
     return Prepared(source, lowered, output_dtypes, _distinct(passes), stages.seconds)
+
+
+def capture_source(source: Source) -> ExportedProgram:
+    """Capture a loaded model at the shapes and dtypes of its inputs; raises as `capture` does."""
+    with shim(*source.shim):
+        return capture(source.module, _example(source))
 
 
 def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listener = _silent) -> Export:

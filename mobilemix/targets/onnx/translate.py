@@ -45,10 +45,10 @@ def translate(lowered: Lowered, opset: int) -> Translation:
         UnsupportedOpError: an operator that has neither an ONNX form nor a decomposition.
         TargetError: `torch.onnx` failed in another way, or could not convert to the opset.
     """
-    with _silence():
+    with silence():
         exportable = _Exportable.of(lowered.program)
     try:
-        with _silence():
+        with silence():
             exported = torch.onnx.export(
                 exportable,
                 dynamo=True,
@@ -173,7 +173,7 @@ def _explain(error: Exception, graph: fx.Graph) -> MobilemixError:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep the exporter's warnings from the user: they are about packages and arguments that are not theirs."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
