@@ -188,7 +188,7 @@ class Edit:
         ]
         example = old.example_inputs
         if self._views_examples:
-            example = pytree.tree_map_only(Tensor, lambda x: torch.view_as_real(x) if x.is_complex() else x, example)
+            example = pytree.tree_map_only(Tensor, _paired, example)
         program = ExportedProgram(
             root=old.graph_module,
             graph=self.graph,
@@ -201,6 +201,10 @@ class Edit:
             verifiers=old.verifiers,
         )
         return PassResult(program, True)
+
+
+def _paired(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def bias_name(weight: str) -> str:

@@ -1,10 +1,12 @@
 """Complex tensors and Fourier transforms rewritten as real arithmetic."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -19,7 +21,21 @@ from mobilemix.passes.editing import Edit
 aten = torch.ops.aten
 
 _FOURIER = ("aten::fft_", "aten::_fft_", "aten::stft", "aten::istft")
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
+_VIEWS = """
+    alias diagonal expand narrow permute select slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze
+"""
+_EQUIVALENT: dict[Any, Any] = {
+    # Of a tensor whose strides are not those of the complex one.
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten.view_copy.default), aten.reshape.default),
+    **{
+        getattr(getattr(aten, f"{name}_copy"), overload): getattr(getattr(aten, name), overload)
+        for name in _VIEWS.split()
+        for overload in getattr(aten, f"{name}_copy").overloads()
+        if "out" not in overload
+    },
+    torch.ops.prims.convert_element_type.default: aten.to.dtype,
+}
+"""Operators under the name by which the rules know them."""
 
 
 class ComplexToReal(Pass):
@@ -98,13 +114,13 @@ class _Walk:
             if isinstance(result, Complex):
                 with self._edit.at(node, origin=value):
                     node.replace_input_with(value, rules.pairs(result).node)
+                self._edit.changed = True
 
     def _run(self, node: fx.Node, op: Any, args: Any, kwargs: Any, value: Any, real_only: bool = False) -> Any:
         """What stands for op(*args, **kwargs), a call in the course of `node` that originally returned `value`."""
         if op is operator.getitem:
             return args[0][args[1]]
-        if op in _VIEWS:  # of a tensor whose strides are not those of the complex one
-            op = aten.reshape.default
+        op = _EQUIVALENT.get(op, op)
         rule = RULES.get(op._schema.name)
         takes_complex = any(isinstance(item, Complex) for item in _leaves((args, kwargs)))
         if not takes_complex and not _is_complex(value) and not _is_fourier(op):
@@ -125,15 +141,15 @@ class _Walk:
             call_args, call_kwargs = pytree.tree_unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
             return op(*call_args, **call_kwargs)
 
-        body = make_fx(torch.func.functionalize(call, remove="mutations"))(
-            *(self._edit.empty(number.shape, number.full_dtype) for number in numbers.values())
-        )
-        steps = [step for step in body.graph.nodes if step.op == "call_function"]
-        if any(step.target is op for step in steps):
+        tensors = [self._edit.empty(number.shape, number.full_dtype) for number in numbers.values()]
+        body = _trace(call, op, tensors)
+        if body is None:
             through = "" if op is node.target else f", a part of {node.target},"
             raise UnsupportedOpError(
-                f"{op}{through} on complex tensors at {source(node)} has no rule; use real operators on the parts"
+                f"{op}{through} on complex tensors at {source(node)} has no rule;"
+                " compute what it does from the real and the imaginary part"
             )
+        steps = [step for step in body.graph.nodes if step.op == "call_function"]
         values = dict(zip(body.graph.find_nodes(op="placeholder"), numbers.values(), strict=True))
         for constant in body.graph.find_nodes(op="get_attr"):
             tensor = getattr(body, constant.target)
@@ -143,6 +159,25 @@ class _Walk:
             values[step] = self._run(node, step.target, step_args, step_kwargs, step.meta["val"])
         (result,) = body.graph.find_nodes(op="output")
         return fx.map_arg(result.args[0], values.__getitem__)
+
+
+def _trace(call: Callable[..., Any], op: Any, tensors: list[Tensor]) -> fx.GraphModule | None:
+    """The operators that `op` is composed of, or that torch knows as its decomposition; None if there are none."""
+    for table in ({}, {op: decomposition_table[op]} if op in decomposition_table else None):
+        if table is None:
+            continue
+        try:
+            body: fx.GraphModule = make_fx(torch.func.functionalize(call, remove="mutations"), table)(*tensors)
+        except Exception:  # noqa: S112 -- torch raises anything where the composition depends on values
+            continue
+        targets = [step.target for step in body.graph.nodes if step.op == "call_function"]
+        if op not in targets and all(target in _EQUIVALENT or _is_aten(target) for target in targets):
+            return body
+    return None
+
+
+def _is_aten(op: Any) -> bool:
+    return op is operator.getitem or (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten")
 
 
 def _is_complex(value: Any) -> bool:
