@@ -4,14 +4,21 @@ From a package where one exists, else from our own blocks (`zoo_fourier.py`, `zo
 arguments, so that the command line can name it: `mobilemix export tests/zoo_models.py:gfnet --input 1x3x224x224`.
 """
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import zoo_fourier
+import zoo_loops
 from torch import Tensor, nn
 
+from mobilemix import Recipe
 from mobilemix.shims import shim
+
+VOCABULARY = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +44,31 @@ class Entry:
     scans: bool = False
 
 
-def build(name: str) -> nn.Module:
-    """The model in evaluation mode, with the same weights every time."""
-    with torch.random.fork_rng(devices=()), shim(*["mamba"] * ZOO[name].scans):
+def build(name: str, *, loops: bool = False) -> nn.Module:
+    """The model in evaluation mode, with the same weights every time; its scans are mobilemix's, or plain loops."""
+    entry = ZOO[name]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=()))
+        if entry.scans and loops:
+            stack.enter_context(mock.patch.dict(sys.modules, zoo_scans=zoo_loops.load()))
+        elif entry.scans:
+            stack.enter_context(shim("mamba"))
         torch.manual_seed(0)
-        return ZOO[name].build().eval()
+        return entry.build().eval()
+
+
+def sample(name: str) -> tuple[Tensor, ...]:
+    """Inputs: standard normal values, or tokens."""
+    entry, generator = ZOO[name], torch.Generator().manual_seed(0)
+    if entry.dtypes == ("int64",):
+        return tuple(torch.randint(VOCABULARY, shape, generator=generator) for shape in entry.shapes)
+    return tuple(torch.randn(shape, generator=generator) for shape in entry.shapes)
+
+
+def recipe(name: str, **options: object) -> Recipe:
+    """What `mobilemix export` is told of the model."""
+    entry = ZOO[name]
+    return Recipe(model=name, input_shapes=entry.shapes, input_dtypes=entry.dtypes, **options)
 
 
 class States(nn.Module):
@@ -112,7 +139,7 @@ def mamba() -> nn.Module:
     """Two layers; the scan is a Python loop."""
     from transformers import MambaConfig, MambaModel
 
-    config = MambaConfig(vocab_size=1000, hidden_size=128, num_hidden_layers=2)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2)
     return States(MambaModel(config), "inputs_embeds", use_cache=False)
 
 
@@ -121,7 +148,7 @@ def mamba2() -> nn.Module:
     from transformers import Mamba2Config, Mamba2Model
 
     config = Mamba2Config(
-        vocab_size=1000, hidden_size=128, num_hidden_layers=2, num_heads=8, head_dim=32, n_groups=1, chunk_size=64
+        vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, num_heads=8, head_dim=32, n_groups=1, chunk_size=64
     )
     return States(Mamba2Model(config), "inputs_embeds", use_cache=False)
 
@@ -181,7 +208,7 @@ def vssd_causal() -> nn.Module:
 def _fnet(argument: str, **options: object) -> nn.Module:
     from transformers import FNetConfig, FNetModel
 
-    config = FNetConfig(vocab_size=1000, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, **options)
+    config = FNetConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, **options)
     return States(FNetModel(config), argument)
 
 
