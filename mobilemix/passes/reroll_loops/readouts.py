@@ -1,0 +1,143 @@
+"""What puts the values of all steps together, computed at once."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from mobilemix.passes.base import arguments, source
+from mobilemix.passes.reroll_loops.lanes import Lane, Lanes, Refusal, Rolled, shape
+from mobilemix.passes.reroll_loops.recurrences import FEWEST_STEPS, SHORT_PIECES
+
+aten = torch.ops.aten
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """A node that is made of `parts` along `axis`, which they have unless they are `stacked`.
+
+    If they are assigned to a part of `base`, what is before `start` in it remains, and what is behind the last part.
+    """
+
+    node: fx.Node
+    axis: int
+    parts: Lane
+    stacked: bool
+    base: fx.Node | None = None
+    start: int = 0
+
+    def join(self, lanes: Lanes) -> fx.Node | None:
+        """The node anew, from values that are computed over time; None if no recurrence takes part."""
+        pieces = _pieces(lanes, self.parts, self.node)
+        if not any(isinstance(piece, Rolled) for piece in pieces):
+            return None
+        joined = [self._along_axis(lanes, piece) for piece in pieces]
+        if self.base is not None:
+            size, stop = shape(self.node)[self.axis], self.start + sum(shape(item)[self.axis] for item in joined)
+            if self.start:
+                joined.insert(0, lanes.emit(self.node, aten.slice.Tensor, self.base, self.axis, 0, self.start))
+            if stop < size:
+                joined.append(lanes.emit(self.node, aten.slice.Tensor, self.base, self.axis, stop, size))
+        return joined[0] if len(joined) == 1 else lanes.emit(self.node, aten.cat.default, joined, self.axis)
+
+    def _along_axis(self, lanes: Lanes, piece: fx.Node | Rolled) -> fx.Node:
+        if isinstance(piece, fx.Node):
+            return lanes.emit(self.node, aten.unsqueeze.default, piece, self.axis) if self.stacked else piece
+        whole = lanes.to_axis(self.node, piece, self.axis)
+        if self.stacked:
+            return whole
+        sizes = shape(whole)
+        merged = [*sizes[: self.axis], sizes[self.axis] * sizes[self.axis + 1], *sizes[self.axis + 2 :]]
+        return lanes.emit(self.node, aten.reshape.default, whole, merged)
+
+
+def find(lanes: Lanes) -> Iterator[Readout]:
+    """All of at least a few parts."""
+    readout: Readout | None
+    for node in lanes.order:
+        if node.target is aten.stack.default:
+            values = arguments(node)
+            parts, axis = values["tensors"], values["dim"] % len(shape(node))
+            readout = Readout(node, axis, tuple(parts), True)
+        elif node.target is aten.cat.default:
+            readout = _concatenation(node)
+        elif node.target in (aten.select_scatter.default, aten.slice_scatter.default):
+            readout = _assignments(node)
+        else:
+            continue
+        if readout is not None and len(readout.parts) >= FEWEST_STEPS:
+            yield readout
+
+
+def _pieces(lanes: Lanes, parts: Lane, node: fx.Node) -> list[fx.Node | Rolled]:
+    """The parts, as few and as long as they can be computed at once."""
+    waiting, found, short = [parts], list[fx.Node | Rolled](), 0
+    while waiting:
+        lane = waiting.pop()
+        short += len(lane) < FEWEST_STEPS
+        if len(lane) < FEWEST_STEPS or short > SHORT_PIECES:
+            found += lane
+            continue
+        try:
+            rolled = lanes.roll(lane)
+        except Refusal as refusal:
+            _log.debug("%d parts of %s stay: %s", len(lane), source(node), refusal.reason)
+            if refusal.step:
+                waiting += [lane[refusal.step :], lane[: refusal.step]]
+            else:
+                found += lane
+        else:
+            found += [rolled] if rolled.timed and lanes.is_recurrent(rolled.node) else lane
+    return found
+
+
+def _concatenation(node: fx.Node) -> Readout | None:
+    """Also of concatenations, one in another, that grow by a part a step."""
+    axis = _axis(node)
+    if any(user.target is aten.cat.default and _axis(user) == axis and _first(user) is node for user in node.users):
+        return None
+    parts: list[fx.Node] = []
+    here = node
+    while here.target is aten.cat.default and _axis(here) == axis:
+        parts += reversed(arguments(here)["tensors"][1:])
+        here = _first(here)
+    return Readout(node, axis, tuple(part for part in reversed([*parts, here]) if shape(part) != (0,)), False)
+
+
+def _assignments(node: fx.Node) -> Readout | None:
+    """To one part of a tensor after another."""
+    values = arguments(node)
+    if any(user.target is node.target and arguments(user)["self"] is node for user in node.users):
+        return None
+    axis = values["dim"] % len(shape(node))
+    parts: dict[int, tuple[int, fx.Node]] = {}
+    here = node
+    while here.target is node.target and (values := arguments(here))["dim"] % len(shape(node)) == axis:
+        size = shape(node)[axis]
+        if node.target is aten.select_scatter.default:
+            start, stop, step = values["index"] % size, values["index"] % size + 1, 1
+        else:
+            start, stop, step = slice(values["start"], values["end"], values["step"]).indices(size)
+        if step != 1 or values["src"].meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        parts.setdefault(start, (stop, values["src"]))  # the last assignment counts
+        here = values["self"]
+    starts = sorted(parts)
+    stops = [parts[start][0] for start in starts]
+    if stops[:-1] != starts[1:]:
+        return None
+    sources = tuple(parts[start][1] for start in starts)
+    return Readout(node, axis, sources, node.target is aten.select_scatter.default, here, starts[0])
+
+
+def _axis(node: fx.Node) -> int:
+    return int(arguments(node)["dim"]) % len(shape(node))
+
+
+def _first(node: fx.Node) -> fx.Node:
+    first: fx.Node = arguments(node)["tensors"][0]
+    return first
