@@ -22,7 +22,7 @@ from mobilemix.labels import read_labels
 from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, versions
 from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
-from mobilemix.passes import lower
+from mobilemix.passes import SHARED, lower
 from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
 from mobilemix.shims import shim
 from mobilemix.signature import inputs_of, outputs_of
@@ -131,7 +131,7 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
         captured = capture_source(source)
     with stages("rewrite"):
         passes: list[str] = []
-        program = lower(captured, log=passes.append)
+        program = lower(captured, SHARED, log=passes.append)
     input_names = tuple(each.name for each in inputs_of(program))
     shapes = [shape for shape, _ in outputs_of(program)]
     output_names = _output_names(shapes)

@@ -1,7 +1,11 @@
-"""Rewrites of an ExportedProgram that every target shares: `lower` runs them all, in the order of `PASSES`."""
+"""Rewrites of an ExportedProgram: `SHARED` by all targets, and those for scans that each target chooses among.
+
+`lower` runs `PASSES`, that is both, so that nothing but plain operators is left.
+"""
 
 from collections.abc import Callable, Sequence
 
+from torch import fx
 from torch.export import ExportedProgram
 
 import mobilemix.ops  # noqa: F401, registers the scans
@@ -11,22 +15,31 @@ from mobilemix.passes.complex_to_real import ComplexToReal
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
 from mobilemix.passes.fold_constants import FoldConstants
 from mobilemix.passes.lower_einsum import LowerEinsum
+from mobilemix.passes.lower_linear_scan import LowerLinearScan
 from mobilemix.passes.lower_scatter import LowerScatter
+from mobilemix.passes.lower_selective_scan import LowerSelectiveScan
 from mobilemix.passes.lower_softshrink import LowerSoftshrink
+from mobilemix.passes.lower_ssd_chunk_scan import LowerSsdChunkScan
 from mobilemix.passes.merge_linear import MergeLinear
 from mobilemix.passes.merge_reshapes import MergeReshapes
 from mobilemix.passes.merge_slices import MergeSlices
 from mobilemix.passes.remove_no_ops import RemoveNoOps
+from mobilemix.passes.reroll_loops import RerollLoops
+from mobilemix.passes.scale_filters import ScaleFilters
 from mobilemix.passes.unstack import Unstack
 
-__all__ = ["PASSES", "Pass", "PassError", "PassResult", "lower"]
+__all__ = ["PASSES", "SHARED", "Pass", "PassError", "PassResult", "lower", "lower_scans"]
 
-PASSES: tuple[Pass, ...] = (
+SHARED: tuple[Pass, ...] = (
     # First, so that no later pattern has to look through a dropout or a copy.
     RemoveNoOps(),
+    # While every step of a loop looks like every other: constants are folded for one step and not for another.
+    RerollLoops(),
     # Before the complex pass, so that the spectrum of a weight is computed by torch.fft in float64.
     FoldConstants(),
     FoldBatchNorm(),
+    # Where a static spectrum is a constant, and a transform still one operator.
+    ScaleFilters(),
     # After the constants, which it splits into real and imaginary parts.
     ComplexToReal(),
     # For the stacks, assignments and products of complex tensors that it leaves, besides the model's own.
@@ -46,6 +59,23 @@ PASSES: tuple[Pass, ...] = (
     # Last: until here it is one elementwise operator among others.
     LowerSoftshrink(),
 )
+
+
+def lower_scans(stays: Callable[[fx.Node], bool] = lambda node: False) -> tuple[Pass, ...]:  # noqa: ARG005
+    """Passes that write scans in plain operators, but for those calls that a target has a better form for."""
+    return (
+        LowerSelectiveScan(stays),
+        LowerSsdChunkScan(),
+        # After the selective scans, which leave one recurrence each: that over their chunks.
+        LowerLinearScan(stays),
+        # What they do to weights and between reshapes of the model's own.
+        RemoveNoOps(),
+        MergeReshapes(),
+        FoldConstants(),
+    )
+
+
+PASSES: tuple[Pass, ...] = SHARED + lower_scans()
 
 
 def lower(

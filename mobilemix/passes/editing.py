@@ -19,6 +19,12 @@ from mobilemix.passes.base import PassResult, arguments
 
 Op = Callable[..., Any]
 
+WIDE = "wide_"
+"""What the name of a node begins with if float16 artifacts, too, have to compute it in float32.
+
+Names are what converters keep.
+"""
+
 _ORIGIN = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "from_node")  # metadata that names a place
 
 
@@ -45,6 +51,7 @@ class Edit:
             ours.name = theirs.name  # a copy renames what is called like a builtin, such as `input`
         self.changed = self._views_examples = False
         self._origin: dict[str, Any] = {}
+        self._wide = False
         self._constants = _constants(program, self.graph)
         self._added: dict[tuple[object, ...], list[fx.Node]] = {}
         self._placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -106,20 +113,26 @@ class Edit:
         return node
 
     @contextlib.contextmanager
-    def at(self, node: fx.Node, origin: fx.Node | None = None) -> Iterator[None]:
-        """Insert before `node`, with its place in the user's source, or that of `origin`."""
+    def at(self, node: fx.Node, origin: fx.Node | None = None, wide: bool = False) -> Iterator[None]:
+        """Insert before `node`, with its place in the user's source, or that of `origin`.
+
+        What is inserted is `wide`, that is computed in float32 always, if that is asked for or `node` is.
+        """
         meta = (origin or node).meta
-        outer, self._origin = self._origin, {key: meta[key] for key in _ORIGIN if key in meta}
+        outer = self._origin, self._wide
+        self._origin = {key: meta[key] for key in _ORIGIN if key in meta}
+        self._wide = wide or node.name.startswith(WIDE)
         try:
             with self.graph.inserting_before(node):
                 yield
         finally:
-            self._origin = outer
+            self._origin, self._wide = outer
 
     def emit(self, op: Op | str, *args: Any, **kwargs: Any) -> fx.Node:
         """Add a call of an ATen operator and compute its shape and dtype."""
         assert not isinstance(op, str)  # the type of a node's target allows one, for other kinds of node
-        node: fx.Node = self.graph.call_function(op, args, kwargs)
+        name = WIDE + getattr(op, "_opname", "item") if self._wide else None
+        node: fx.Node = self.graph.create_node("call_function", op, args, kwargs, name)
         values_of = lambda item: item.meta["val"] if isinstance(item, fx.Node) else item  # noqa: E731
         with self._fake_mode, torch.no_grad():
             node.meta["val"] = op(*pytree.tree_map(values_of, args), **pytree.tree_map(values_of, kwargs))

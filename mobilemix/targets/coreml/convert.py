@@ -33,6 +33,7 @@ from torch.export.graph_signature import TensorArgument
 from mobilemix.errors import InputError, MobilemixError, TargetError, UnsupportedOpError
 from mobilemix.files import sha256
 from mobilemix.passes.base import source
+from mobilemix.passes.editing import WIDE
 from mobilemix.recipe import Recipe
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.targets.base import Lowered
@@ -87,7 +88,7 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
             for name, each in zip(lowered.input_names, inputs_of(program), strict=True)
         ]
     classifier = _classifier(lowered, program)
-    precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.precision.FLOAT16
+    precision = ct.precision.FLOAT32 if recipe.precision == "fp32" else ct.transform.FP16ComputePrecision(_is_narrow)
     with (
         tempfile.TemporaryDirectory() as folder,  # elsewhere: a full destination is then our own write that fails
         _one_line_errors(program),
@@ -111,6 +112,11 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         specification = model.get_spec()
         _describe(specification, lowered, recipe)
         _write(specification, Path(model.weights_dir), destination)
+
+
+def _is_narrow(operation: Any) -> bool:
+    """Whether an operation of coremltools' program computes in float16 in an fp16 package."""
+    return not operation.name.startswith(WIDE)
 
 
 @contextlib.contextmanager

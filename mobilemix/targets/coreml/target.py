@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mobilemix import parity
+from mobilemix.passes import lower_scans
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import FAINT, audit
@@ -72,7 +73,7 @@ class CoreMLTarget:
     precisions = ("fp16", "fp32")
     takes_images = True
     stored_dtypes: Mapping[str, str] = MappingProxyType(STORED_DTYPES)
-    passes = ()
+    passes = lower_scans()
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         """See `mobilemix.targets.coreml.convert.convert`, and its errors."""

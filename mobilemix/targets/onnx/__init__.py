@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from mobilemix.passes import lower_scans
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Inputs, Lowered, Runner
-from mobilemix.targets.onnx import checks
+from mobilemix.targets.onnx import checks, scans
 from mobilemix.targets.onnx.convert import write
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 
@@ -20,7 +21,7 @@ class OnnxTarget:
     precisions = ("fp32", "fp16")
     takes_images = False
     stored_dtypes: Mapping[str, str] = MappingProxyType({})
-    passes = ()
+    passes = lower_scans(stays=scans.is_faster)
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         """Write the file; see `convert.write`."""

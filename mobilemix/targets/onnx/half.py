@@ -7,8 +7,13 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-WIDE_OPERATORS = ("InstanceNormalization", "ReduceMean", "ReduceSum", "GlobalAveragePool", "Softmax")
-"""Operators that sum many values, which float16 sums would round or overflow; LayerNormalization sums in float32."""
+from mobilemix.passes.editing import WIDE
+
+WIDE_OPERATORS = ("InstanceNormalization", "ReduceMean", "ReduceSum", "GlobalAveragePool", "Softmax", "Scan")
+"""Operators that sum many values, which float16 sums would round or overflow; LayerNormalization sums in float32.
+
+Besides these, what a pass has marked by a name that begins with `mobilemix.passes.editing.WIDE`.
+"""
 
 LARGEST = float(np.finfo(np.float16).max)
 SUFFIXES = (".full", ".half")
@@ -26,12 +31,13 @@ def halve(model: ir.Model) -> None:
     forms = _Forms(model.graph)
     for node in list(model.graph):
         schema = onnx.defs.get_schema(node.op_type, model.opset_imports[""], node.domain)
+        wide = node.op_type in WIDE_OPERATORS or str(node.outputs[0].name).startswith(WIDE)
         halved = set()
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype not in (_FULL, _HALF):
                 continue
             parameter = _parameter(schema.inputs, index)
-            half = node.op_type not in WIDE_OPERATORS and "tensor(float16)" in parameter.types
+            half = not wide and "tensor(float16)" in parameter.types
             node.replace_input_with(index, forms.get(value, _HALF if half else _FULL))
             if half:
                 halved.add(parameter.type_str)
@@ -39,6 +45,10 @@ def halve(model: ir.Model) -> None:
             # An output has the type of the inputs with which it shares a type variable.
             if value.dtype == _FULL and _parameter(schema.outputs, index).type_str in halved:
                 value.dtype = _HALF
+    for inner in (node for body in model.graph.subgraphs() for node in body):
+        for index, value in enumerate(inner.inputs):  # of the graph around a body, which stays as it is
+            if value is not None and value.dtype == _HALF:
+                inner.replace_input_with(index, forms.get(value, _FULL))
     for index, value in enumerate(model.graph.outputs):
         if value.dtype == _HALF:
             full, name = forms.get(value, _FULL), value.name

@@ -12,6 +12,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 
+from mobilemix.targets.onnx import scans
+
 aten = torch.ops.aten
 
 
@@ -124,6 +126,14 @@ def rsub(x: Any, other: float, alpha: float = 1) -> Any:
     return op.Sub(op.Constant(value=ir.tensor(other, dtype=x.dtype)), scaled)
 
 
+def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:  # noqa: ARG001, the operator is exact beyond it
+    """log(1 + exp(β·x)) / β."""
+    if beta == 1:
+        return op.Softplus(x)
+    factor = op.Constant(value=ir.tensor(beta, dtype=x.dtype))
+    return op.Div(op.Softplus(op.Mul(x, factor)), factor)
+
+
 def finish(model: ir.Model) -> None:
     """Make valid ONNX of what the translations had to write differently to be traced."""
     for node in model.graph:
@@ -144,4 +154,7 @@ TRANSLATIONS: Mapping[Any, Callable[..., Any]] = {
     aten.group_norm.default: group_norm,
     aten.square.default: square,
     aten.rsub.Scalar: rsub,
+    aten.softplus.default: softplus,
+    torch.ops.mobilemix.selective_scan.default: scans.selective_scan,
+    torch.ops.mobilemix.linear_scan.default: scans.linear_scan,
 }
