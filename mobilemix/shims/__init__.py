@@ -199,7 +199,9 @@ def _forgiving_torch() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.utils import _triton
 
-    _triton.has_triton_package()  # it remembers its answer, which must be given without the stub
+    # What looks for triton once and remembers, must have looked before there is a stub of it.
+    _triton.has_triton_package()
+    importlib.import_module("torch.export._trace")
     device = torch.cuda.device
 
     class Device(device):  # type: ignore[misc, valid-type]
@@ -212,17 +214,22 @@ def _forgiving_torch() -> Iterator[None]:
             return values[0]
         return torch.Tensor.__new__(cls, *values, **options)
 
-    subclasses = [
-        cls
-        for cls in torch.Tensor.__subclasses__()
-        if cls.__module__.partition(".")[0] != "torch" and not {"__new__", "__torch_dispatch__"} & vars(cls).keys()
-    ]
+    adopted: list[Any] = []
+
+    def adopt(cls: Any, /, **_: Any) -> None:
+        if cls.__module__.partition(".")[0] != "torch" and not {"__new__", "__torch_dispatch__"} & vars(cls).keys():
+            cls.__new__ = make
+            adopted.append(cls)
+
     torch.cuda.device = Device  # type: ignore[misc, assignment]
-    for cls in subclasses:
-        cls.__new__ = make  # type: ignore[method-assign]
+    for subclass in torch.Tensor.__subclasses__():
+        adopt(subclass)
+    tensor: Any = torch.Tensor
+    tensor.__init_subclass__ = classmethod(adopt)
     try:
         yield
     finally:
         torch.cuda.device = device  # type: ignore[misc]
-        for cls in subclasses:
+        del tensor.__init_subclass__
+        for cls in adopted:
             del cls.__new__

@@ -273,7 +273,7 @@ def make():
     return Mixer(), (2, 8, 16)
 """
 
-# Restoration and medical networks: either of two packages of scans, whichever is there; a whole layer; a dtype asserted.
+# Restoration and medical networks: either of two packages of scans, a whole layer, and a dtype asserted.
 UNETS = """
 import torch
 from torch import nn
