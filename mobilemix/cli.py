@@ -35,6 +35,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Weights = Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or a torch file of tensors.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        help="image, tensor, a shape such as 1x3x224x224, both (tensor:1x3x224x224), or a dtype with its shape"
+        f" (int64:1x128; of {', '.join(INPUT_DTYPES)}); repeat for several inputs.",
+    ),
+]
+Shims = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Stand in for packages that need CUDA, while the model loads and runs: {', '.join(SHIMS)}."),
+]
+RecipeFile = Annotated[Path | None, typer.Option(help="TOML file with any of these; options override it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -53,18 +67,11 @@ def export(
         typer.Option("-t", "--target", help="coreml or onnx; repeat it, or give a comma list; coreml if left out."),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts.")] = Path(),
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint: safetensors, or a torch file of tensors.")] = None,
+    weights: Weights = None,
     precision: Annotated[
         str | None, typer.Option(help=f"{' or '.join(PRECISIONS)}; the target's default if left out.")
     ] = None,
-    input_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            help="image, tensor, a shape such as 1x3x224x224, both (tensor:1x3x224x224), or a dtype with its shape"
-            f" (int64:1x128; of {', '.join(INPUT_DTYPES)}); repeat for several inputs.",
-        ),
-    ] = None,
+    input_: Inputs = None,
     mean: Annotated[
         str | None, typer.Option(help="Normalisation of [0, 1] pixels, by channel: 0.485,0.456,0.406.")
     ] = None,
@@ -74,14 +81,11 @@ def export(
     minimum_ios: Annotated[
         int | None, typer.Option(help="Oldest iOS that must run the Core ML package; 16 if left out.")
     ] = None,
-    shim: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Stand in for packages that need CUDA, while the model loads and runs: {', '.join(SHIMS)}."),
-    ] = None,
+    shim: Shims = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative L2 error that passes; the precision's tier if left out.")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file with any of these; options override it.")] = None,
+    recipe: RecipeFile = None,
     json: Json = False,
     debug: Debug = False,  # noqa: ARG001 -- `main` reads it: it must hold for errors in parsing too
 ) -> None:
@@ -144,6 +148,49 @@ def verify(
         _verdict(artifact, parity, "")
     if not parity.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `mobilemix models`, file.py:factory or module:factory; or a FILE.onnx or a"
+            f" PACKAGE.mlpackage, made by mobilemix or not; {DEFAULT_MODEL} if left out.",
+            show_default=False,
+        ),
+    ] = "",
+    weights: Weights = None,
+    input_: Inputs = None,
+    shim: Shims = None,
+    recipe: RecipeFile = None,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001 -- as above
+) -> None:
+    """Say what stands between a model and each target, which pass handles it, and what the graph costs."""
+    base = load_recipe(recipe) if recipe else Recipe()
+    options = {"model": model or None, "weights": weights, "shim": tuple(shim) if shim else None}
+    given = {name: value for name, value in {**options, **_inputs(input_ or [])}.items() if value is not None}
+    is_artifact = model.endswith((".onnx", ".mlpackage", ".mlpackage/"))
+    if is_artifact and (recipe or given.keys() > {"model"}):
+        raise InputError(f"{model} is an artifact, inspected as it is; leave out the options for models")
+
+    from mobilemix import inspection
+    from mobilemix.inspection.tables import describe
+
+    with _progress("Inspecting") as listener:
+        report = (
+            inspection.inspect_artifact(Path(model))
+            if is_artifact
+            else inspection.inspect_model(dataclasses.replace(base, **given), listener=listener)
+        )
+    if json:
+        from mobilemix.manifest import dumps
+
+        typer.echo(dumps(report))
+        return
+    for line in describe(report):
+        _console().print(line, soft_wrap=isinstance(line, str))
 
 
 @app.command()

@@ -1,0 +1,170 @@
+"""Inspection of an ONNX file of any origin."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from mobilemix import files
+from mobilemix.errors import InputError
+from mobilemix.inspection.obstacles import TENSORRT_LACKS, onnx_runtime_lacks
+from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Value
+from mobilemix.models import flops
+from mobilemix.targets.onnx.runtime import read_model
+
+_VIEWS = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
+_STANDARD = ("", "ai.onnx")
+_LOOPS = frozenset({"If", "Loop", "Scan"})
+
+
+def inspect_onnx(path: Path) -> ArtifactReport:
+    """Inspect the file; shapes that it does not state are inferred where they can be.
+
+    Raises:
+        InputError: it is no ONNX model.
+    """
+    try:
+        model = ir.from_proto(read_model(path))
+        ShapeInferencePass(strict_mode=False, data_prop=True)(model)
+    except (ValueError, TypeError, KeyError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(f"{path} is not a valid ONNX model: {' '.join(str(error).split())}") from error
+    nodes = list(model.graph.all_nodes())
+    weights = {value.name: tensor for value, tensor in _weights(model.graph, nodes)}
+    by_dtype: Counter[str] = Counter()
+    for tensor in weights.values():
+        by_dtype[tensor.dtype.name.lower()] += tensor.nbytes
+    costs = [_multiply_adds(node) for node in nodes]
+    moved = [_bytes(value) for node in nodes if node.op_type not in _VIEWS for value in _activations(node)]
+    provenance = model.metadata_props.get("mobilemix.provenance")
+    return ArtifactReport(
+        path=str(path),
+        form=f"ONNX opset {model.opset_imports.get('', model.opset_imports.get('ai.onnx'))}",
+        bytes=files.size(path) + sum(map(files.size, _beside(path, weights.values()))),
+        inputs=tuple(_described(value) for value in model.graph.inputs if not value.is_initializer()),
+        outputs=tuple(map(_described, model.graph.outputs)),
+        cost=Cost(
+            operators=dict(Counter(map(_name, nodes)).most_common()),
+            weights=sum(tensor.size for tensor in weights.values()),
+            weight_bytes=sum(by_dtype.values()),
+            multiply_adds=_total(costs),
+            moved_bytes=_total(moved),
+        ),
+        weight_dtypes=dict(by_dtype.most_common()),
+        provenance=json.loads(provenance) if provenance else None,
+        obstacles=tuple(_obstacles(model, nodes)),
+    )
+
+
+def _weights(graph: ir.Graph, nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Initialisers, and what Constant nodes hold, of the graph and all graphs within."""
+    graphs = [
+        graph,
+        *(
+            attribute.as_graph()
+            for node in nodes
+            for attribute in node.attributes.values()
+            if attribute.type == ir.AttributeType.GRAPH
+        ),
+    ]
+    for each in graphs:
+        for value in each.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value
+    for node in nodes:
+        if node.op_type == "Constant" and (value := node.attributes.get("value")) is not None:
+            yield node.outputs[0], value.as_tensor()
+
+
+def _beside(path: Path, weights: Iterable[ir.TensorProtocol]) -> set[Path]:
+    """Files with weights; those that lead out of the model's folder are not looked at."""
+    names = {Path(tensor.location).name for tensor in weights if isinstance(tensor, ir.ExternalTensor)}
+    return {path.with_name(name) for name in names if path.with_name(name).is_file()}
+
+
+def _obstacles(model: ir.Model, nodes: Iterable[ir.Node]) -> Iterator[Obstacle]:
+    defined = {(function.domain, function.name) for function in model.functions.values()}
+    counts = Counter((node.domain, node.op_type, _name(node)) for node in nodes)
+    for (domain, operator, name), count in counts.items():
+        if domain not in _STANDARD:
+            if (domain, operator) not in defined:
+                yield Obstacle(name, "every other runtime", f"{domain} is no domain of the ONNX standard", count)
+            continue
+        if operator in onnx_runtime_lacks():
+            yield Obstacle(name, "ONNX Runtime", "has no CPU kernel", count)
+        if operator in TENSORRT_LACKS:
+            yield Obstacle(name, "TensorRT", "NVIDIA's parser does not have it", count)
+        if operator in _LOOPS:
+            yield Obstacle(name, "Core ML, most accelerators", "control flow", count)
+
+
+def _multiply_adds(node: ir.Node) -> int | None:
+    """Of one node; those of a loop's body count once for each step where the graph says how many there are."""
+    try:
+        match node.op_type:
+            case "Conv":
+                return flops.convolution(_shape(node.outputs[0]), _shape(node.inputs[1]))
+            case "ConvTranspose":
+                return flops.transposed_convolution(_shape(node.inputs[0]), _shape(node.inputs[1]))
+            case "MatMul":
+                return math.prod(_shape(node.outputs[0])) * _shape(node.inputs[0])[-1]
+            case "Gemm":
+                transposed = node.attributes.get("transA")
+                inner = 0 if transposed is not None and transposed.as_int() else 1
+                return math.prod(_shape(node.outputs[0])) * _shape(node.inputs[0])[inner]
+            case "Einsum":
+                return flops.einstein_sum(
+                    node.attributes["equation"].as_string(), [_shape(each) for each in node.inputs]
+                )
+            case _:
+                return 0
+    except _UnknownShapeError:
+        return None
+
+
+class _UnknownShapeError(Exception):
+    pass
+
+
+def _shape(value: ir.Value | None) -> tuple[int, ...]:
+    if value is None or value.shape is None or not all(isinstance(size, int) for size in value.shape):
+        raise _UnknownShapeError
+    return tuple(size for size in value.shape if isinstance(size, int))
+
+
+def _activations(node: ir.Node) -> Iterator[ir.Value]:
+    for value in (*node.inputs, *node.outputs):
+        if value is not None and value.const_value is None:
+            yield value
+
+
+def _bytes(value: ir.Value) -> int | None:
+    if value.dtype is None:
+        return None
+    try:
+        return math.ceil(math.prod(_shape(value)) * int(value.dtype.bitwidth) / 8)
+    except (_UnknownShapeError, TypeError):  # the latter for strings
+        return None
+
+
+def _total(values: Iterable[int | None]) -> int | None:
+    total = 0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def _described(value: ir.Value) -> Value:
+    dtype = value.dtype.name.lower() if value.dtype is not None else "unknown"
+    sizes = () if value.shape is None else value.shape
+    return Value(str(value.name), dtype, tuple(size if isinstance(size, int) else size.value for size in sizes))
+
+
+def _name(node: ir.Node) -> str:
+    return node.op_type if node.domain in _STANDARD else f"{node.domain}::{node.op_type}"
