@@ -225,11 +225,15 @@ def _forgiving_torch() -> Iterator[None]:
     for subclass in torch.Tensor.__subclasses__():
         adopt(subclass)
     tensor: Any = torch.Tensor
+    outer = vars(torch.Tensor).get("__init_subclass__")
     tensor.__init_subclass__ = classmethod(adopt)
     try:
         yield
     finally:
         torch.cuda.device = device  # type: ignore[misc]
-        del tensor.__init_subclass__
+        if outer is None:
+            del tensor.__init_subclass__
+        else:
+            tensor.__init_subclass__ = outer
         for cls in adopted:
             del cls.__new__
