@@ -104,6 +104,8 @@ class _Walk:
         )
         real_only = all(user.target is aten.real.default for user in node.users)
         result = self._run(node, node.target, args, kwargs, node.meta["val"], real_only)
+        if isinstance(result, Real) and result.node in self._rewritten:
+            result = result.call(aten.alias.default)  # the node of a complex input stands for complex numbers
         self._rewritten[node] = result
         if isinstance(result, Real):
             self._edit.replace(node, result.node)
