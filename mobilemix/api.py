@@ -17,16 +17,16 @@ from torch.export import ExportedProgram
 
 from mobilemix import __version__, assets, files
 from mobilemix.capture import capture
-from mobilemix.errors import InputError, UnknownNameError
+from mobilemix.errors import CaptureError, InputError, UnknownNameError
 from mobilemix.labels import read_labels
 from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, versions
 from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import SHARED, lower
 from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
-from mobilemix.shims import shim
+from mobilemix.shims import TRITON, shim
 from mobilemix.signature import inputs_of, outputs_of
-from mobilemix.source import Source, load_source
+from mobilemix.source import AUTOMATIC, Source, load_source
 from mobilemix.targets import find_target
 from mobilemix.targets.base import Check, Inputs, Lowered, Target
 
@@ -155,7 +155,14 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
 def capture_source(source: Source) -> ExportedProgram:
     """Capture a loaded model at the shapes and dtypes of its inputs; raises as `capture` does."""
     with shim(*source.shim):
-        return capture(source.module, _example(source))
+        try:
+            return capture(source.module, _example(source))
+        except CaptureError as error:
+            # Guarded imports load, and leave None to be called. (Libraries look for triton whether they need it or not.)
+            names = " and ".join(name for name in source.missing if name != TRITON)
+            if not names:
+                raise
+            raise CaptureError(f"{error}; {names} could not be imported: --shim {AUTOMATIC} stands in") from error
 
 
 def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listener = _silent) -> Export:

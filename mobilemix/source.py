@@ -41,6 +41,7 @@ class Source:
         weights: where they came from: "checkpoint", "shipped", "own" (set by the user's factory) or "random".
         metadata: author, license, description and the like for the artifact.
         shim: names of the shims that it was loaded with, and needs to be run.
+        missing: packages that a shim covers, and that were asked for in vain while it was loaded without.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source:
     weights: str
     metadata: Mapping[str, str]
     shim: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def load_source(recipe: Recipe, module: nn.Module | None = None) -> Source:
@@ -70,7 +72,7 @@ def load_source(recipe: Recipe, module: nn.Module | None = None) -> Source:
     modules = set(sys.modules)
     with missing_packages() as missing:
         try:
-            return _load(recipe, None)
+            return dataclasses.replace(_load(recipe, None), missing=tuple(missing))
         except CaptureError:
             if not missing:
                 raise

@@ -26,7 +26,7 @@ from typing import Any
 from mobilemix.errors import UnknownNameError
 from mobilemix.shims.table import MAMBA, NEEDS, SHIMS, TRITON
 
-__all__ = ["SHIMS", "missing_packages", "shim"]
+__all__ = ["SHIMS", "TRITON", "missing_packages", "shim"]
 
 _made: dict[str, ModuleType] = {}
 """Every stand-in is made once, so that its classes are the same each time a shim is entered."""
