@@ -14,6 +14,8 @@ from mobilemix.passes.editing import Edit
 _MAY_GROW_TO = 65536
 """Elements that a constant may always have; a larger one has to be smaller than what it is computed from."""
 
+_TRANSFORMS = ("aten.fft_", "aten._fft_")
+
 
 class FoldConstants(Pass):
     """Replace operators on parameters and buffers by their result.
@@ -22,7 +24,7 @@ class FoldConstants(Pass):
         after:   w_select (G, I, O), a buffer;                  grid (1, H, W), a buffer
 
     A chain of operators is computed in float64 and rounded once. An operator that makes a large constant out of smaller
-    ones (expand, repeat, zeros) stays.
+    ones (expand, repeat, zeros) stays, unless a Fourier transform of constants needs it.
     """
 
     name = "fold_constants"
@@ -30,6 +32,7 @@ class FoldConstants(Pass):
     def rewrite(self, program: ExportedProgram) -> PassResult:
         """Return the program with its constant expressions evaluated."""
         edit = Edit(program)
+        transformed = _transformed(edit)
         known: dict[fx.Node, Any] = {}
         weights: dict[fx.Node, fx.Node] = {}  # the first parameter or buffer that a value is computed from
         for node in edit.graph.nodes:
@@ -38,7 +41,7 @@ class FoldConstants(Pass):
             inputs = node.all_input_nodes
             if any(x not in known and edit.constant(x) is None for x in inputs):
                 continue
-            if _size(node) > max(_MAY_GROW_TO, sum(map(_size, inputs))):
+            if node not in transformed and _size(node) > max(_MAY_GROW_TO, sum(map(_size, inputs))):
                 continue
             args, kwargs = fx.map_arg(
                 (node.args, node.kwargs), lambda x: known[x] if x in known else _widen(edit.constant(x))
@@ -52,6 +55,25 @@ class FoldConstants(Pass):
                 name = name if name.endswith(verb) else f"{name}_{verb}"
                 edit.replace(node, edit.add_constant(name, value.to(node.meta["val"].dtype)))
         return edit.finish()
+
+
+def _transformed(edit: Edit) -> set[fx.Node]:
+    """Fourier transforms of constants, and what they are computed from.
+
+    Folding them saves a product with a matrix, which is larger than their result.
+    """
+    static: set[fx.Node] = set()
+    for node in edit.graph.find_nodes(op="placeholder"):
+        if edit.constant(node) is not None:
+            static.add(node)
+    for node in edit.graph.nodes:
+        if node.op == "call_function" and _is_pure(node.target) and static.issuperset(node.all_input_nodes):
+            static.add(node)
+    needed: set[fx.Node] = set()
+    for node in reversed(edit.graph.nodes):
+        if node in needed or (node in static and str(node.target).startswith(_TRANSFORMS)):
+            needed |= {node, *node.all_input_nodes}
+    return needed
 
 
 def _is_pure(op: Any) -> bool:

@@ -59,5 +59,25 @@ def test_small_constants_may_grow_and_large_ones_do_not() -> None:
     assert_untouched(FoldConstants(), Growing(small + 1), torch.randn(1, small + 1))
 
 
+class Implicit(nn.Module):
+    """A filter that a small network makes of time, as large as its input, and its spectrum."""
+
+    def __init__(self, channels: int, length: int) -> None:
+        super().__init__()
+        self.length, self.w = length, nn.Parameter(torch.randn(1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch.sin(torch.linspace(0, 1, self.length)[:, None] * self.w).T
+        return torch.fft.irfft(torch.fft.rfft(kernel, 2 * self.length) * torch.fft.rfft(x, 2 * self.length))
+
+
+def test_spectra_of_constants_are_folded_at_any_size() -> None:
+    channels, length = 8, fold_constants._MAY_GROW_TO // 4
+    module, x = Implicit(channels, length), torch.randn(channels, length)
+    program = rewritten(FoldConstants(), module, x)
+    assert operators(program) == {"fft_rfft": 1, "mul": 1, "fft_irfft": 1}
+    assert relative_error(program, module, x) < TOLERANCE
+
+
 def test_a_program_without_constant_expressions_is_left_alone() -> None:
     assert_untouched(FoldConstants(), nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(2, 3))
