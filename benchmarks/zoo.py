@@ -29,7 +29,7 @@ TIME_LIMIT_SECONDS = 300
 WRONG = 1e-3
 """A relative error from which an export is said to compute something else."""
 
-SECONDS_OF_ROUNDS = 20.0
+SECONDS_OF_ROUNDS = 10.0
 Result = dict[str, Any]
 """What one export came to: "error", "nodes" and "seconds"; or "refused" with the reason."""
 
@@ -108,7 +108,7 @@ def stock_onnx(name: str, folder: Path) -> Result:
 
     from mobilemix.targets import find_target
 
-    module, inputs, path = build(name, loops=True), sample(name), folder / "stock.onnx"
+    module, inputs, path = build(name, loops=True).requires_grad_(False), sample(name), folder / "stock.onnx"
     start = time.perf_counter()
     torch.onnx.export(module, inputs, path, dynamo=True, verbose=False)
     seconds = time.perf_counter() - start
@@ -120,15 +120,22 @@ def stock_onnx(name: str, folder: Path) -> Result:
 def stock_coreml(name: str, folder: Path) -> Result:
     """coremltools from torch.export, else from a trace; executed by mobilemix's interpreter of packages."""
     import coremltools as ct
+    import numpy as np
     import torch
     from zoo_models import build, sample
 
     from mobilemix.targets import find_target
 
-    module, inputs, path = build(name, loops=True), sample(name), folder / "stock.mlpackage"
+    module, inputs, path = build(name, loops=True).requires_grad_(False), sample(name), folder / "stock.mlpackage"
 
     def convert(program: Any, **options: Any) -> Any:
-        return ct.convert(program, minimum_deployment_target=ct.target.iOS16, skip_model_load=True, **options)
+        return ct.convert(
+            program,
+            minimum_deployment_target=ct.target.iOS16,
+            compute_precision=ct.precision.FLOAT32,
+            skip_model_load=True,
+            **options,
+        )
 
     start = time.perf_counter()
     try:
@@ -137,7 +144,10 @@ def stock_coreml(name: str, folder: Path) -> Result:
         model, how = convert(program), "exported"
     except Exception as first:
         try:
-            types = [ct.TensorType(name=f"x{index}", shape=tuple(one.shape)) for index, one in enumerate(inputs)]
+            types = [
+                ct.TensorType(shape=one.shape, dtype=np.float32 if one.is_floating_point() else np.int32)
+                for one in inputs
+            ]
             with torch.no_grad():
                 model, how = convert(torch.jit.trace(module, inputs, check_trace=False), inputs=types), "traced"
         except Exception as second:
