@@ -158,7 +158,7 @@ def capture_source(source: Source) -> ExportedProgram:
         try:
             return capture(source.module, _example(source))
         except CaptureError as error:
-            # Guarded imports load, and leave None to be called. (Libraries look for triton whether they need it or not.)
+            # Guarded imports load, and leave None to be called. (Triton is looked for by many that do not need it.)
             names = " and ".join(name for name in source.missing if name != TRITON)
             if not names:
                 raise
