@@ -97,7 +97,7 @@ def _apply_jointly(
     for axis, transform in zip(axes, transforms, strict=True):
         shape[axis] = transform.size
     outputs, inputs = matrix.shape
-    product = _multiply(call, matrix, data, costs.dense(inputs, outputs, outer, inner).around)
+    product = multiply(call, matrix, data, costs.dense(inputs, outputs, outer, inner).around)
     return _result(product, shape, first, transforms[-1], to_real)
 
 
@@ -112,12 +112,12 @@ def _apply_one(
     if len(form.factors) > 1:
         interleaved_output &= not is_transposed(transform, interleaved_input)
         stages = network(transform, form.factors, interleaved_input, interleaved_output)
-        product = _run(call, stages, data, form.around)
+        product = run(call, stages, data, form.around)
     else:
         matrix = dft.dense(transform)
         matrix = dft.interleaved(matrix, 1) if interleaved_input else matrix
         matrix = dft.interleaved(matrix, 0) if interleaved_output else matrix
-        product = _multiply(call, matrix, data, form.around)
+        product = multiply(call, matrix, data, form.around)
     shape = (*x.shape[:axis], transform.size, *x.shape[axis + 1 :])
     return _result(product, shape, axis + 1 if interleaved_output else axis, transform, to_real)
 
@@ -141,7 +141,7 @@ def _stack(x: Complex, axis: int) -> Real:
     return data if part_axis == axis else emit(x.edit, aten.cat.default, list(x.parts), axis)
 
 
-def _multiply(call: Call, matrix: Tensor, data: Real, around: bool) -> Real:
+def multiply(call: Call, matrix: Tensor, data: Real, around: bool) -> Real:
     """(outputs, inputs) times (outer, inputs, inner) along the middle axis."""
     outer, inputs, inner = data.shape
     name = f"dft_{matrix.shape[0]}x{matrix.shape[1]}"
@@ -156,12 +156,12 @@ def _multiply(call: Call, matrix: Tensor, data: Real, around: bool) -> Real:
     return product.reshape((outer, inner, len(matrix))).call(aten.transpose.int, 1, 2)
 
 
-def _run(call: Call, stages: Network, data: Real, around: bool) -> Real:
+def run(call: Call, stages: Network, data: Real, around: bool) -> Real:
     """The stages of a transform along the middle axis of (outer, inputs, inner)."""
     outer, inputs, inner = data.shape
     if around:
         moved = data.call(aten.transpose.int, 0, 1) if inner > 1 else data.reshape((outer, inputs)).call(aten.t.default)
-        result = _run(call, stages, moved.reshape((1, inputs, outer * inner)), False)
+        result = run(call, stages, moved.reshape((1, inputs, outer * inner)), False)
         outputs = result.shape[1]
         if inner == 1:
             return result.reshape((outputs, outer)).call(aten.t.default)
