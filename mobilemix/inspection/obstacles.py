@@ -96,10 +96,7 @@ class StockOnnx(Exporter):
     def __init__(self) -> None:
         """Read torch's registry."""
         super().__init__()
-        with silence():
-            self._registry = _registration.ONNXRegistry.from_torchlib()
-        registered = set(_decomp.get_onnx_implemented_overloads(self._registry))
-        self._table = _decomp.create_onnx_friendly_decomposition_table(registered)
+        self._registry, self._table = _torchlib()
 
     def _judge(self, node: fx.Node) -> Iterator[tuple[str, str]]:
         if node.target in self.own:
@@ -188,6 +185,15 @@ def decomposed(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> list[f
         for part in body.graph.nodes
         if part.op == "call_function" and isinstance(part.target, torch._ops.OpOverload)
     ]
+
+
+@functools.cache
+def _torchlib() -> tuple[_registration.ONNXRegistry, Mapping[Any, Callable[..., Any]]]:
+    """torch's ONNX forms of operators, and its decompositions of those that have none."""
+    with silence():
+        registry = _registration.ONNXRegistry.from_torchlib()
+    registered = set(_decomp.get_onnx_implemented_overloads(registry))
+    return registry, _decomp.create_onnx_friendly_decomposition_table(registered)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Inspection of an ONNX file of any origin."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from mobilemix import files
 from mobilemix.errors import InputError
 from mobilemix.inspection.obstacles import TENSORRT_LACKS, onnx_runtime_lacks
-from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Value
+from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Value, provenance
 from mobilemix.models import flops
 from mobilemix.targets.onnx.runtime import read_model
 
@@ -33,14 +32,19 @@ def inspect_onnx(path: Path) -> ArtifactReport:
         ShapeInferencePass(strict_mode=False, data_prop=True)(model)
     except (ValueError, TypeError, KeyError, onnx.shape_inference.InferenceError) as error:
         raise InputError(f"{path} is not a valid ONNX model: {' '.join(str(error).split())}") from error
-    nodes = list(model.graph.all_nodes())
+    steps = list(_steps(model.graph, 1))
+    nodes = [node for node, _ in steps]
     weights = {value.name: tensor for value, tensor in _weights(model.graph, nodes)}
     by_dtype: Counter[str] = Counter()
     for tensor in weights.values():
-        by_dtype[tensor.dtype.name.lower()] += tensor.nbytes
-    costs = [_multiply_adds(node) for node in nodes]
-    moved = [_bytes(value) for node in nodes if node.op_type not in _VIEWS for value in _activations(node)]
-    provenance = model.metadata_props.get("mobilemix.provenance")
+        by_dtype[_dtype(tensor.dtype)] += tensor.nbytes
+    costs = [_times(_multiply_adds(node), count) for node, count in steps]
+    moved = [
+        _times(_bytes(value), count)
+        for node, count in steps
+        if node.op_type not in _VIEWS
+        for value in _activations(node)
+    ]
     return ArtifactReport(
         path=str(path),
         form=f"ONNX opset {model.opset_imports.get('', model.opset_imports.get('ai.onnx'))}",
@@ -55,9 +59,30 @@ def inspect_onnx(path: Path) -> ArtifactReport:
             moved_bytes=_total(moved),
         ),
         weight_dtypes=dict(by_dtype.most_common()),
-        provenance=json.loads(provenance) if provenance else None,
+        provenance=provenance(model.metadata_props.get("mobilemix.provenance")),
         obstacles=tuple(_obstacles(model, nodes)),
     )
+
+
+def _steps(graph: ir.Graph, count: int | None) -> Iterator[tuple[ir.Node, int | None]]:
+    """Every node, and how often it runs: None in a Loop, whose end depends on data; both branches of an If."""
+    for node in graph:
+        yield node, count
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _steps(attribute.as_graph(), _times(count, _length(node)))
+
+
+def _length(node: ir.Node) -> int | None:
+    """How often a node runs the graphs within."""
+    if node.op_type != "Scan":
+        return None if node.op_type == "Loop" else 1
+    inputs = node.attributes["num_scan_inputs"].as_int()
+    axes = node.attributes.get("scan_input_axes")
+    try:
+        return _shape(node.inputs[-inputs])[axes.as_ints()[0] if axes is not None else 0]
+    except _UnknownShapeError:
+        return None
 
 
 def _weights(graph: ir.Graph, nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
@@ -103,7 +128,7 @@ def _obstacles(model: ir.Model, nodes: Iterable[ir.Node]) -> Iterator[Obstacle]:
 
 
 def _multiply_adds(node: ir.Node) -> int | None:
-    """Of one node; those of a loop's body count once for each step where the graph says how many there are."""
+    """Of one node, run once."""
     try:
         match node.op_type:
             case "Conv":
@@ -151,6 +176,10 @@ def _bytes(value: ir.Value) -> int | None:
         return None
 
 
+def _times(value: int | None, count: int | None) -> int | None:
+    return None if value is None or count is None else value * count
+
+
 def _total(values: Iterable[int | None]) -> int | None:
     total = 0
     for value in values:
@@ -161,9 +190,14 @@ def _total(values: Iterable[int | None]) -> int | None:
 
 
 def _described(value: ir.Value) -> Value:
-    dtype = value.dtype.name.lower() if value.dtype is not None else "unknown"
+    dtype = "unknown" if value.dtype is None else _dtype(value.dtype)
     sizes = () if value.shape is None else value.shape
     return Value(str(value.name), dtype, tuple(size if isinstance(size, int) else size.value for size in sizes))
+
+
+def _dtype(dtype: ir.DataType) -> str:
+    """ "float32" rather than ONNX's "FLOAT"."""
+    return "string" if dtype is ir.DataType.STRING else str(dtype.numpy())
 
 
 def _name(node: ir.Node) -> str:

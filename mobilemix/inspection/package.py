@@ -1,13 +1,12 @@
 """Inspection of a Core ML package of any origin."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 from mobilemix import files
-from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Value
+from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Value, provenance
 from mobilemix.models import flops
 from mobilemix.targets.coreml.mil_ops import RULES
 from mobilemix.targets.coreml.package import DTYPES, Constant, Operation, Output, Package, ValueType, read_package
@@ -36,7 +35,6 @@ def inspect_package(path: Path) -> ArtifactReport:
     by_dtype: Counter[str] = Counter()
     for constant in weights:
         by_dtype[constant.dtype] += _bytes(constant)
-    provenance = package.spec.description.metadata.userDefined.get("mobilemix.provenance")
     is_open = any(None in type_.shape for type_ in types.values())
     return ArtifactReport(
         path=str(path),
@@ -57,7 +55,7 @@ def inspect_package(path: Path) -> ArtifactReport:
             else sum(_bytes(value) for each in operations for value in _activations(each, types, static)),
         ),
         weight_dtypes=dict(by_dtype.most_common()),
-        provenance=json.loads(provenance) if provenance else None,
+        provenance=provenance(package.spec.description.metadata.userDefined.get("mobilemix.provenance")),
         obstacles=tuple(_obstacles(operations)),
     )
 

@@ -1,6 +1,7 @@
 """What an inspection finds, as plain frozen data: the tables and `--json` say the same."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,3 +148,12 @@ class ArtifactReport:
     weight_dtypes: Mapping[str, int]
     provenance: Mapping[str, Any] | None
     obstacles: tuple[Obstacle, ...]
+
+
+def provenance(text: str | None) -> Mapping[str, Any] | None:
+    """What mobilemix wrote into an artifact's metadata; None for any other text."""
+    try:
+        table = json.loads(text or "null")
+    except ValueError:
+        return None
+    return table if isinstance(table, dict) else None

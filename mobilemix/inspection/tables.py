@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rich.markup import escape
+from rich import markup
 from rich.table import Table
 
 from mobilemix.inspection.report import ArtifactReport, Contributor, Cost, ModelReport, Obstacle, Share, Value
@@ -50,7 +50,7 @@ def _model(report: ModelReport) -> Iterator[Line]:
 def _artifact(report: ArtifactReport) -> Iterator[Line]:
     yield f"[bold]{escape(report.path)}[/] · {report.form} · {report.bytes / 1e6:.2f} MB"
     yield _signature(report.inputs, report.outputs)
-    stored = ", ".join(f"{dtype} {size / 1e6:.2f} MB" for dtype, size in report.weight_dtypes.items())
+    stored = ", ".join(f"{dtype} {_size(size)}" for dtype, size in report.weight_dtypes.items())
     yield f"weights: {stored or 'none'}"
     yield ""
     if report.obstacles:
@@ -59,7 +59,7 @@ def _artifact(report: ArtifactReport) -> Iterator[Line]:
     else:
         yield "[green]nothing in it is known to stop a runtime[/]"
     yield ""
-    yield _costs({"": report.cost})
+    yield _costs({"the graph": report.cost})
     yield ""
     if report.provenance is None:
         yield "no provenance: not made by mobilemix, or before it wrote one"
@@ -77,15 +77,30 @@ def _signature(inputs: tuple[Value, ...], outputs: tuple[Value, ...]) -> Table:
 
 
 def _obstacles(obstacles: tuple[Obstacle, ...]) -> Table:
-    table = _table("  operator", "count", "for", "reason", "handled by", "asked for at")
-    for one in obstacles:
-        places = [escape(_short(place)) for place in one.places[:PLACES]]
-        if len(one.places) > PLACES:
-            places.append(f"… and {len(one.places) - PLACES} more lines")
-        table.add_row(
-            f"  {one.operator}", str(one.count), one.stops, one.reason, one.handled_by or "–", "\n".join(places) or "–"
+    """Without the last columns where they are empty, as for artifacts, which know no passes and no source."""
+    rows = [
+        (
+            f"  {escape(one.operator)}",
+            str(one.count),
+            one.stops,
+            escape(one.reason),
+            one.handled_by or "",
+            _places(one.places),
         )
+        for one in obstacles
+    ]
+    headings = ("  operator", "count", "for", "reason", "handled by", "asked for at")
+    shown = [index for index in range(len(headings)) if any(row[index] for row in rows)]
+    table = _table(*(headings[index] for index in shown))
+    for row in rows:
+        table.add_row(*(row[index] or "–" for index in shown))
     return table
+
+
+def _places(places: tuple[str, ...]) -> str:
+    lines = [escape(_short(place)) for place in places[:PLACES]]
+    more = len(places) - PLACES
+    return "\n".join([*lines, f"… and {more} more"] if more > 0 else lines)
 
 
 def _short(place: str) -> str:
@@ -103,7 +118,7 @@ def _costs(columns: Mapping[str, Cost | None]) -> Table:
         ("multiply-adds", [cost and _scaled(cost.multiply_adds, 1e6, "M") for cost in costs]),
         ("weights", [cost and f"{cost.weights / 1e6:.3f} M, {cost.weight_bytes / 1e6:.2f} MB" for cost in costs]),
         ("activations moved", [cost and _scaled(cost.moved_bytes, 1e6, "MB") for cost in costs]),
-        *((name, [cost and str(cost.operators.get(name, "–")) for cost in costs]) for name in operators),
+        *((escape(name), [cost and str(cost.operators.get(name, "–")) for cost in costs]) for name in operators),
     ):
         table.add_row(label, *(cell or "–" for cell in cells))
     return table
@@ -130,6 +145,10 @@ def _provenance(provenance: Mapping[str, object]) -> Iterator[str]:
         yield f"{key}: {escape(str(value))}"
 
 
+def _size(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 10_000 else f"{size} bytes"
+
+
 def _scaled(value: int | None, unit: float, name: str) -> str:
     return "unknown" if value is None else f"{value / unit:.2f} {name}"
 
@@ -140,3 +159,8 @@ def _table(*headings: str, justify: str = "left") -> Table:
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index == 0 or justify == "left" else "right", overflow="fold")
     return table
+
+
+def escape(text: str) -> str:
+    """Text of a model's or a file's own, as it is: no markup and nothing that moves the cursor."""
+    return markup.escape("".join(each if each.isprintable() else "?" for each in text))
