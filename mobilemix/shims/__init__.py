@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from mobilemix.errors import UnknownNameError
-from mobilemix.shims.table import MAMBA, NEEDS, SHIMS, TRITON
+from mobilemix.shims.table import FILES, MAMBA, NEEDS, SHIMS, TRITON
 
 __all__ = ["SHIMS", "TRITON", "missing_packages", "shim"]
 
@@ -58,7 +58,7 @@ def shim(*names: str) -> Iterator[None]:
     with _forgiving_torch(), _on_path(_Finder(packages), len(sys.meta_path)), _on_path(_Finder(replaced), 0):
         for package in packages:
             is_there = _is_there(package)
-            if not (is_there and _imports(package)):
+            if not (is_there and (package in FILES or _imports(package))):
                 replaced.update(module for module, needed in NEEDS.items() if needed == package)
                 replaced.update({package} if is_there else ())
         try:
@@ -206,8 +206,11 @@ def _forgiving_torch() -> Iterator[None]:
 
     class Device(device):  # type: ignore[misc, valid-type]
         def __new__(cls, which: Any) -> Any:
-            on_cpu = which is None or (isinstance(which, torch.device | str) and torch.device(which).type == "cpu")
-            return nullcontext() if on_cpu and not torch.cuda.is_available() else super().__new__(cls)
+            if which is None:
+                on_cpu = not torch.cuda.is_available()
+            else:
+                on_cpu = isinstance(which, torch.device | str) and torch.device(which).type == "cpu"
+            return nullcontext() if on_cpu else super().__new__(cls)
 
     def make(cls: type, *values: Any, **options: Any) -> Any:
         if len(values) == 1 and isinstance(values[0], FakeTensor):

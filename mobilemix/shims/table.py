@@ -134,6 +134,9 @@ NEEDS: Mapping[str, str] = {
 }
 """Module → what it cannot run without: where that is stood in for, so is the module, even if it is there."""
 
+FILES = frozenset({"csm_triton", "csms6s", "mamba2", "selective_scan"})
+"""Names that files of repositories have, too: those are used unseen, not imported to see whether they can be."""
+
 SHIMS: Mapping[str, tuple[str, ...]] = {
     # Extensions before the packages that import them.
     "mamba": (TRITON, *sorted({name.partition(".")[0] for name in MAMBA}, key=lambda name: ("cuda" not in name, name))),

@@ -152,6 +152,14 @@ def test_a_real_package_that_cannot_import_is_replaced(packages):
     assert not left()
 
 
+def test_files_of_a_repository_are_not_run_to_see_whether_they_can_be(packages):
+    packages({"selective_scan.py": "1 / 0\n", "csm_triton.py": "MINE = True\n"})
+    with shim("mamba"):
+        from csm_triton import MINE
+    assert MINE
+    del sys.modules["csm_triton"]
+
+
 def test_a_fork_keeps_its_layers_and_takes_our_kernels(packages):
     """As Vision Mamba's: a mamba_ssm of its own, whose norms need triton and whose extras need old transformers."""
     packages(
