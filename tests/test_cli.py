@@ -105,6 +105,31 @@ def test_a_recipe_and_options_over_it(mobilemix, network, tmp_path):
     assert json.loads(out)[0]["manifest"]["recipe"]["opset"] == 20
 
 
+def test_inspect_a_model_and_what_became_of_it(mobilemix, network, tmp_path):
+    code, out, _ = mobilemix("inspect", network, "--input", SHAPE)
+    assert code == 0
+    for part in ("fft_rfft2", "complex_to_real", "multiply-adds", "nothing is in the way"):
+        assert part in out
+    code, out, _ = mobilemix("inspect", network, "--input", SHAPE, "--json")
+    assert code == 0
+    after = json.loads(out)["after"]["multiply_adds"]
+    mobilemix("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path)
+    code, out, _ = mobilemix("inspect", tmp_path / "make.onnx", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["cost"]["multiply_adds"] == after
+    assert report["provenance"]["target"] == "onnx"
+    assert "ONNX opset 18" in mobilemix("inspect", tmp_path / "make.onnx")[1]
+
+
+def test_inspect_takes_a_recipe(mobilemix, network, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'model = "{network}"\ninput_shapes = [2, 3, 16, 16]\n')
+    code, out, _ = mobilemix("inspect", "--recipe", recipe, "--json")
+    assert code == 0
+    assert json.loads(out)["inputs"][0]["shape"] == [2, 3, 16, 16]
+
+
 def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeypatch):
     some = {name: registry.MODELS[name] for name in ("efficientvim_m1", "casvit_xs")}
     monkeypatch.setattr(registry, "MODELS", some)
@@ -146,6 +171,9 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
         (["exprt"], "No such command 'exprt'"),
         (["verify"], "Missing argument"),
         (["verify", "nowhere.onnx"], "there is no artifact nowhere.onnx"),
+        (["inspect", "afnet_t"], "unknown model 'afnet_t'; did you mean 'affnet_t'? Valid: "),
+        (["inspect", "nowhere.onnx"], "there is no artifact nowhere.onnx"),
+        (["inspect", "nowhere.onnx", "--input", "1x3x8x8"], "nowhere.onnx is an artifact, inspected as it is"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(mobilemix, tmp_path, monkeypatch, arguments, message):

@@ -17,6 +17,8 @@ _CONVOLUTIONS = (
 )
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 _LINEAR = (aten.linear.default,)
+_EITHER = aten.convolution.default
+"""A convolution or a transposed one, as decompositions leave both."""
 _BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 
 
@@ -88,20 +90,28 @@ def _is_foldable(edit: Edit, node: fx.Node) -> bool:
     if node.target in _LINEAR:
         if node.meta["val"].dim() != 2:
             return False
-    elif node.target not in (*_CONVOLUTIONS, *_TRANSPOSED):
+    elif not _convolves(node) and not _is_transposed(node):
         return False
     values = arguments(node)
     return all(values[name] is None or edit.constant(values[name]) is not None for name in ("weight", "bias"))
 
 
+def _convolves(node: fx.Node) -> bool:
+    return node.target in _CONVOLUTIONS or (node.target is _EITHER and not arguments(node)["transposed"])
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    return node.target in _TRANSPOSED or (node.target is _EITHER and arguments(node)["transposed"])
+
+
 def _sees_no_border(node: fx.Node) -> bool:
     """Whether every output sees the same number of inputs, so that shifting these shifts all outputs alike."""
-    return node.target in _LINEAR or (node.target in _CONVOLUTIONS and not any(arguments(node)["padding"]))
+    return node.target in _LINEAR or (_convolves(node) and not any(arguments(node)["padding"]))
 
 
 def _scale_output(edit: Edit, node: fx.Node, norm: _BatchNorm) -> fx.Node:
     weight, bias = _parameters(edit, node)
-    if node.target in _TRANSPOSED:  # (C, K / groups, ...): output channels are spread over both of the first axes
+    if _is_transposed(node):  # (C, K / groups, ...): output channels are spread over both of the first axes
         groups = arguments(node)["groups"]
         scale = norm.scale.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
         scale = scale.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
