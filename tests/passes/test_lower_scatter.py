@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,59 @@ def test_a_broadcast_number_of_another_dtype() -> None:
 def test_a_step_stays() -> None:
     found = operators(rewritten(LowerScatter(), Assign((slice(None, None, 2),)), torch.randn(5, 6)))
     assert found["slice_scatter"] == 1, "only the copy into the part is gone"
+
+
+class CrossScan(nn.Module):
+    """A map read along rows and along columns, forwards and backwards, as VMamba's code puts it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.new_empty((x.shape[0], 4, x.shape[1], x.shape[2] * x.shape[3]))
+        y[:, 0] = x.flatten(2, 3)
+        y[:, 1] = x.transpose(2, 3).flatten(2, 3)
+        y[:, 2:4] = torch.flip(y[:, 0:2], dims=[-1])
+        return y
+
+
+class Outputs(nn.Module):
+    """A loop over time that writes each output into a tensor and reads what it wrote."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for step in range(x.shape[1]):
+            y[:, step] = x[:, step] + (y[:, step - 1] if step else 0)
+        return y
+
+
+def test_assignments_that_cover_a_tensor_are_one_concatenation() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    program = rewritten(LowerScatter(), CrossScan(), x)
+    found = operators(program)
+    assert found["cat"] == 2, "the two directions for the flip, and all four"
+    assert not {"new_empty", "slice", "slice_scatter"} & set(found)
+    assert torch.equal(program.module()(x), CrossScan()(x))
+
+
+@pytest.mark.parametrize("module", [Outputs(), nn.Sequential(Outputs(), Outputs())])
+def test_loops_that_read_what_they_wrote(module: nn.Module) -> None:
+    x = torch.randn(2, 5, 3)
+    program = rewritten(LowerScatter(), module, x)
+    assert torch.equal(program.module()(x), module(x))
+
+
+@given(st.lists(st.tuples(PLACES, st.booleans()), min_size=2, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_chains_of_assignments(places: list[tuple[tuple[int | slice, ...], bool]]) -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y, seen = x * 1, 0
+            for number, (place, is_read) in enumerate(places):
+                y[place] = (number + 2) * x[place]
+                seen = seen + (y[place].sum() if is_read else 0)
+            return y + seen
+
+    x = torch.randint(-4, 4, (5, 6, 7)).float()  # whole numbers, so that no order of summation matters
+    program = rewritten(LowerScatter(), Module(), x)
+    assert torch.equal(program.module()(x), Module()(x))
 
 
 def test_nothing_to_lower() -> None:

@@ -61,3 +61,11 @@ def cumsum(context: Any, node: Any) -> None:
     elif types.is_bool(x.dtype):
         x = mb.cast(x=x, dtype="int32")
     context.add(mb.cumsum(x=x, axis=axis.val % x.rank, name=node.name))
+
+
+@register_torch_op(torch_alias=["prod.dim_int"])  # type: ignore[untyped-decorator]
+def prod(context: Any, node: Any) -> None:
+    """The product along one axis, which has no stock reader."""
+    x, axis, *keep = _get_inputs(context, node, min_expected=2)
+    keep_dims = bool(keep and keep[0].val)
+    context.add(mb.reduce_prod(x=x, axes=[axis.val], keep_dims=keep_dims, name=node.name), torch_name=node.name)
