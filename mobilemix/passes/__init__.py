@@ -20,6 +20,7 @@ from mobilemix.passes.lower_scatter import LowerScatter
 from mobilemix.passes.lower_selective_scan import LowerSelectiveScan
 from mobilemix.passes.lower_softshrink import LowerSoftshrink
 from mobilemix.passes.lower_ssd_chunk_scan import LowerSsdChunkScan
+from mobilemix.passes.make_functional import MakeFunctional
 from mobilemix.passes.merge_linear import MergeLinear
 from mobilemix.passes.merge_reshapes import MergeReshapes
 from mobilemix.passes.merge_slices import MergeSlices
@@ -31,7 +32,9 @@ from mobilemix.passes.unstack import Unstack
 __all__ = ["PASSES", "SHARED", "Pass", "PassError", "PassResult", "lower", "lower_scans"]
 
 SHARED: tuple[Pass, ...] = (
-    # First, so that no later pattern has to look through a dropout or a copy.
+    # First: to every other pass a value is one value, and `lower` takes programs that nobody made functional.
+    MakeFunctional(),
+    # So that no later pattern has to look through a dropout or a copy.
     RemoveNoOps(),
     # While every step of a loop looks like every other: constants are folded for one step and not for another.
     RerollLoops(),

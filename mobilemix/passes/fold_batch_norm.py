@@ -78,7 +78,7 @@ def _batch_norm(edit: Edit, node: fx.Node) -> _BatchNorm | None:
     mean, variance, weight, bias = (
         edit.constant(values[name]) for name in ("running_mean", "running_var", "weight", "bias")
     )
-    if mean is None or variance is None:
+    if mean is None or variance is None or values.get("training", False):
         return None
     scale = (variance.double() + values["eps"]).rsqrt() * (1.0 if weight is None else weight.double())
     shift = (0.0 if bias is None else bias.double()) - mean.double() * scale

@@ -129,3 +129,9 @@ def test_a_wrong_shift_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 1), _trained(nn.BatchNorm2d(4)))
     x = torch.randn(1, 3, 4, 4)
     assert relative_error(rewritten(FoldBatchNorm(), module, x), module, x) > 10 * TOLERANCE
+
+
+def test_statistics_of_the_batch_are_not_folded() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    program = torch.export.export(module, (torch.randn(2, 3, 5, 5),))
+    assert not FoldBatchNorm()(program).modified
