@@ -5,8 +5,8 @@
     python benchmarks/fft.py --check     # measures the forms that it chooses against dense matrices
 
 A case is a module. Stock is `torch.onnx.export` of it as it is. Separable is the same module with torch.fft's functions
-replaced by dense matrices along each axis, on real and imaginary parts apart, and mobilemix's other passes. Latencies
-are medians of rounds in which each file runs once, so that a busy moment hits all of them.
+replaced by dense matrices along each axis, on real and imaginary parts apart, and mobilemix's other passes. Each round
+runs every file once, so that a busy moment hits all of them.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import logging
 import platform
 import random
 import re
-import statistics
 import tempfile
 import time
 import warnings
@@ -164,10 +163,8 @@ def session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def interleave(
-    runs: dict[str, Callable[[], object]], seconds: float, statistic: Callable[[list[float]], float] = statistics.median
-) -> dict[str, float]:
-    """Milliseconds by name, over rounds in which each runs once."""
+def interleave(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Milliseconds by name: the lower decile of rounds in which each runs once, since other programs only ever add."""
     for run in runs.values():
         run()
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -179,11 +176,11 @@ def interleave(
             run()
             milliseconds[name].append(1e3 * (time.perf_counter() - start))
         rounds += 1
-    return {name: statistic(times) for name, times in milliseconds.items()}
+    return {name: float(np.quantile(times, 0.1)) for name, times in milliseconds.items()}
 
 
 def compare(module: nn.Module, shape: tuple[int, ...]) -> dict[int, dict[str, float]]:
-    """Median milliseconds of each contender by the number of threads; all must agree with PyTorch."""
+    """Milliseconds of each contender by the number of threads; all must agree with PyTorch."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     module.eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
@@ -303,7 +300,7 @@ def onnx_of(transform: Transform, form: costs.Form, outer: int, inner: int) -> b
 
 
 def measure(transform: Transform, forms: list[costs.Form], outer: int, inner: int, seconds: float) -> list[float]:
-    """Nanoseconds of each form on one thread: lower deciles of interleaved runs, since others only ever add."""
+    """Nanoseconds of each form on one thread."""
     sessions = [session(onnx_of(transform, form, outer, inner), 1) for form in forms]
     feed = {
         sessions[0].get_inputs()[0].name: np.random.default_rng(0).standard_normal(
@@ -311,7 +308,7 @@ def measure(transform: Transform, forms: list[costs.Form], outer: int, inner: in
         )
     }
     runs = {str(index): functools.partial(runtime.run, None, feed) for index, runtime in enumerate(sessions)}
-    return [1e6 * value for value in interleave(runs, seconds, lambda times: float(np.quantile(times, 0.1))).values()]
+    return [1e6 * value for value in interleave(runs, seconds).values()]
 
 
 def forms_of(transform: Transform, outer: int, inner: int) -> tuple[list[costs.Form], list[costs.Form]]:
@@ -344,9 +341,8 @@ def fit(count: int = 90) -> None:
         found, _ = nnls(matrix * weights[:, None], times * weights)
         errors = np.log(np.maximum(matrix @ found, 1) / times)
         weights = 1 / (times * np.sqrt(1 + (errors / 0.2) ** 2))
-    print(
-        f"{len(times)} forms; half of them within {100 * np.median(np.abs(errors)):.0f} %, nine of ten within {100 * np.quantile(np.abs(errors), 0.9):.0f} %"
-    )
+    half, most = 100 * np.quantile(np.abs(errors), (0.5, 0.9))
+    print(f"{len(times)} forms; half of them within {half:.0f} %, nine of ten within {most:.0f} %")
     constants = dict(zip(names, found[1:], strict=True))
     for kind, values in costs.NANOSECONDS.items():
         print(f'    "{kind}": ({", ".join(f"{constants[kind, index]:.3g}" for index in range(len(values)))}),')
@@ -366,10 +362,8 @@ def check(count: int = 60) -> None:
             continue
         chosen, dense = measure(transform, [form, plain], outer, inner, 0.5)
         ratios.append(chosen / dense)
-        print(
-            f"{ratios[-1]:.2f} ({form.cost / plain.cost:.2f} expected): {transform.takes} {outer} × {transform.n} × {inner}, {form.factors}",
-            flush=True,
-        )
+        case = f"{transform.takes} {outer} × {transform.n} × {inner}, {form.factors}"
+        print(f"{ratios[-1]:.2f} ({form.cost / plain.cost:.2f} expected): {case}", flush=True)
     print(f"median {np.median(ratios):.2f}, worst {max(ratios):.2f}")
 
 

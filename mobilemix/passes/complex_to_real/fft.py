@@ -1,11 +1,14 @@
-"""Rules of torch.fft: a transform along an axis is one real matrix product.
+"""Rules of torch.fft: a transform along an axis is one real matrix product, or several where that costs less.
 
-The last axis is transformed from the right, (outer, n) @ (n, m), an axis with many numbers behind it from the left,
-(m, n) @ (outer, n, inner), one with few between two transpositions. A complex axis of n is one real axis of 2n: the
-result of one transform has its parts where the next wants them, so that neighbouring axes need no rearrangement:
+`costs` chooses the form. A dense matrix transforms the last axis from the right, (outer, n) @ (n, m), an axis with many
+numbers behind it from the left, (m, n) @ (outer, n, inner), one with few between two transpositions. The stages of
+`mixed_radix` go from the left. A complex axis of n is one real axis of 2n: the result of one transform has its parts
+where the next wants them, so that neighbouring axes need no rearrangement:
 
     rfft2:   x (B, C, H, W) → @ (W, 2K) → (B·C, 2H, K) → along 2H: (2H, 2H) → [re | im] (B, C, 2, H, K),  K = W // 2 + 1
     irfft2:  [re | im] (B·C, 2H, K) → along 2H: (2H, 2H) → (B·C·H, 2K) → @ (2K, W) → y (B, C, H, W)
+
+The same for a small map is a single product with a matrix for both axes.
 """
 
 import dataclasses
@@ -26,7 +29,6 @@ aten = torch.ops.aten
 
 FORWARD, INVERSE = -1, 1
 """Sign of the exponent."""
-
 
 _Numbers = Literal["real", "complex", "half"]
 

@@ -63,48 +63,47 @@ def network(
     Complex numbers lie as (part, index), or as (index, part) where interleaved; the output of a transposed network is
     never interleaved.
     """
-    transposed = is_transposed(transform, interleaved_input)
-    n, signal = transform.n, transform.signal
-    half = transform.takes == "half" or transform.size < n
-    sign = -transform.sign if transposed else transform.sign
-    one_part = transform.one_part if transposed else transform.takes == "real"
-    stages, frequency = _stages(n, factors, sign, transform.scale, half)
-    where = torch.minimum(frequency, n - frequency) if half else frequency
-    if half:
-        stages[-1][..., 1, :, :] *= torch.where(frequency > n - frequency, -1.0, 1.0).reshape(stages[-1].shape[:2])[
-            ..., None, None
-        ]
-    if one_part:
+    if is_transposed(transform, interleaved_input):
+        return _transposed(transform, factors, interleaved_input)
+    return _straight(transform, factors, interleaved_output)
+
+
+def _straight(transform: Transform, factors: tuple[int, ...], interleaved_output: bool) -> Network:
+    stages, entries = _stages(transform, factors, transform.sign)
+    behind = transform.n // factors[0]
+    taken = min(transform.signal, transform.n)
+    padded = math.ceil(taken / behind) * behind
+    stages[0] = stages[0][..., : padded // behind]
+    if transform.takes == "real":
         stages[0] = stages[0][..., :1, :]
-    taken = padded = signal
-    if transposed:
-        if half:
-            first = torch.arange(len(stages[0][0]))
-            stages[0] *= torch.where((2 * first) % factors[0] == 0, 1.0, 2.0)[:, None, None, None]
-        absent = (where >= signal).reshape(stages[-1].shape[:2])
-        stages[-1][absent] = 0
-        where = where.clamp(max=signal - 1)
-        order = _positions(where, signal, interleaved_input).T.flatten()
-        matrices = [_matrices(stage).transpose(1, 2) for stage in reversed(stages)]
+    order = torch.empty(transform.size, dtype=torch.int64)
+    order[entries] = torch.arange(len(entries))
+    if transform.one_part:
+        stages[-1] = stages[-1][:, :, :1]
     else:
-        behind = n // factors[0]
-        taken = min(signal, n)
-        padded = math.ceil(taken / behind) * behind
-        stages[0] = stages[0][..., : padded // behind]
-        rows = torch.empty(transform.size, dtype=torch.int64)
-        rows[where] = torch.arange(len(where))
-        if transform.one_part:
-            stages[-1] = stages[-1][:, :, :1]
-            order = rows
-        else:
-            both = torch.stack((2 * rows, 2 * rows + 1))
-            order = (both.T if interleaved_output else both).flatten()
-        matrices = [_matrices(stage) for stage in stages]
-    return Network(tuple(matrix.contiguous() for matrix in matrices), order, transposed, signal, taken, padded)
+        both = torch.stack((2 * order, 2 * order + 1))
+        order = (both.T if interleaved_output else both).flatten()
+    return Network(tuple(map(_matrices, stages)), order, False, transform.signal, taken, padded)
 
 
-def _stages(n: int, factors: tuple[int, ...], sign: int, scale: float, half: bool) -> tuple[list[Tensor], Tensor]:
-    """Stages as (groups, k, part of the output, part of the input, j), and the frequency of each output of the last."""
+def _transposed(transform: Transform, factors: tuple[int, ...], interleaved_input: bool) -> Network:
+    stages, entries = _stages(transform, factors, -transform.sign)
+    signal = transform.signal
+    if transform.takes == "half":  # where n₁ − k₁ was left out, k₁ stands for both
+        once = 2 * torch.arange(stages[0].shape[1]) % factors[0] == 0
+        stages[0] *= torch.where(once, 1.0, 2.0)[:, None, None, None]
+    if transform.one_part:
+        stages[0] = stages[0][..., :1, :]
+    stages[-1][(entries >= signal).reshape(stages[-1].shape[:2])] = 0
+    entries = entries.clamp(max=signal - 1)
+    both = (2 * entries, 2 * entries + 1) if interleaved_input else (entries, signal + entries)
+    matrices = tuple(_matrices(stage).transpose(1, 2).contiguous() for stage in reversed(stages))
+    return Network(matrices, torch.stack(both, 1).flatten(), True, signal, signal, signal)
+
+
+def _stages(transform: Transform, factors: tuple[int, ...], sign: int) -> tuple[list[Tensor], Tensor]:
+    """Stages as (groups, k, part of the output, part of the input, j), and which entry each k of the last one is."""
+    n, half = transform.n, transform.takes == "half" or transform.size < transform.n
     stages = []
     frequency, length = torch.zeros(1, dtype=torch.int64), 1
     for position, factor in enumerate(factors):
@@ -112,16 +111,14 @@ def _stages(n: int, factors: tuple[int, ...], sign: int, scale: float, half: boo
         frequencies = frequency[:, None] + length * torch.arange(kept)
         length *= factor
         cosine, sine = waves(frequencies[..., None] * torch.arange(factor), length)
-        share = scale ** (math.log(factor) / math.log(n))  # each its part, so that float16 overflows in none
+        share = transform.scale ** (math.log(factor) / math.log(n))  # to each its part, lest float16 overflow in one
         re, im = share * cosine, share * sign * sine
         stages.append(torch.stack((torch.stack((re, -im), 2), torch.stack((im, re), 2)), 2))
         frequency = frequencies.flatten()
-    return stages, frequency
-
-
-def _positions(index: Tensor, signal: int, interleaved: bool) -> Tensor:
-    """(2, entries): where both parts of each entry lie."""
-    return torch.stack((2 * index, 2 * index + 1) if interleaved else (index, signal + index))
+    if not half:
+        return stages, frequency
+    stages[-1][:, :, 1] *= torch.where(2 * frequencies > n, -1.0, 1.0)[..., None, None]
+    return stages, torch.minimum(frequency, n - frequency)
 
 
 def _matrices(stage: Tensor) -> Tensor:
