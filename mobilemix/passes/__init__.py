@@ -27,6 +27,7 @@ from mobilemix.passes.merge_slices import MergeSlices
 from mobilemix.passes.remove_no_ops import RemoveNoOps
 from mobilemix.passes.reroll_loops import RerollLoops
 from mobilemix.passes.scale_filters import ScaleFilters
+from mobilemix.passes.share_constants import ShareConstants
 from mobilemix.passes.unstack import Unstack
 
 __all__ = ["PASSES", "SHARED", "Pass", "PassError", "PassResult", "lower", "lower_scans"]
@@ -59,6 +60,8 @@ SHARED: tuple[Pass, ...] = (
     MergeReshapes(),
     MergeSlices(),
     MergeReshapes(),
+    # Late: until here each constant belongs to the layer whose weights are merged.
+    ShareConstants(),
     # Last: until here it is one elementwise operator among others.
     LowerSoftshrink(),
 )
@@ -92,7 +95,8 @@ def lower(
         log: told the name of each pass that changed something.
 
     Returns:
-        The rewritten program, of the same inputs and outputs; the very same one if there was nothing to rewrite.
+        The rewritten program, of the same inputs and outputs, except that complex ones are real, as
+        `torch.view_as_real` makes them; the very same one if there was nothing to rewrite.
 
     Raises:
         UnsupportedOpError: the model does something with complex tensors for which there is no rule, or the program was
