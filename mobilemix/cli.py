@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -335,11 +335,17 @@ def _console(*, stderr: bool = False) -> Any:
 
 @contextmanager
 def _progress(title: str) -> Iterator["Listener"]:
-    """A spinner with the stage and the time it has taken, on standard error, gone when the work is done."""
+    """A spinner with the stage and the time it has taken, on standard error, gone when the work is done.
+
+    What the user's own code prints goes there too: standard output is for results, which may be JSON.
+    """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_console(stderr=True), transient=True) as progress:
+    with (
+        Progress(*columns, console=_console(stderr=True), transient=True) as progress,
+        redirect_stdout(sys.stderr),
+    ):
         task = progress.add_task(title)
         yield lambda stage: progress.update(task, description=f"{title} · {stage}")
 

@@ -37,6 +37,7 @@ class Net(nn.Module):
 
 
 def make():
+    print("as repositories do")
     return Net()
 
 
