@@ -139,6 +139,12 @@ class Edit:
         node.meta.update(self._origin)
         return node
 
+    def widen(self, node: fx.Node) -> None:
+        """Let a node be `WIDE`."""
+        if not node.name.startswith(WIDE):
+            node._rename(WIDE + node.name)
+            self.changed = True
+
     def emit_like(self, node: fx.Node, /, **changes: Any) -> fx.Node:
         """The call of `node` again, with some arguments, by their schema names, changed."""
         assert isinstance(node.target, torch._ops.OpOverload)

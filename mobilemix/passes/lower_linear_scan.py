@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,8 +12,12 @@ from torch.export import ExportedProgram
 from mobilemix.passes.base import Pass, PassResult, arguments
 from mobilemix.passes.chunks import UNROLLED, chunk_size
 from mobilemix.passes.editing import Edit
+from mobilemix.passes.elementwise import BINARY, UNARY, is_elementwise
 
 aten = torch.ops.aten
+
+_SATURATING = frozenset({"exp", "sigmoid"})
+"""What decays come from; the argument may be rounded."""
 
 _MOST_AXES = 3
 """Besides those of chunks and steps: Core ML takes five."""
@@ -29,7 +34,8 @@ class LowerLinearScan(Pass):
 
     Up to 16 steps are one chunk. No quotient or difference of large numbers occurs, so that nothing can overflow that
     the recurrence itself does not: forms with a cumulative sum and its exponential are NaN already for usual decays.
-    Everything is computed in float32, in float16 artifacts too: a decay of 0.9999 has no float16 form but 1.
+    Everything is computed in float32, in float16 artifacts too: a decay of 0.9999 has no float16 form but 1. So is what
+    leads from an exponential or a sigmoid to the decays, of recurrences that stay, too.
     """
 
     name = "lower_linear_scan"
@@ -42,14 +48,31 @@ class LowerLinearScan(Pass):
         """Return the program without recurrences."""
         edit = Edit(program)
         for node in edit.graph.find_nodes(op="call_function", target=torch.ops.mobilemix.linear_scan.default):
-            if self._stays(node):
-                continue
             values = arguments(node)
             a, b, initial = values["a"], values["b"], values["initial"]
+            _widen(edit, a)
+            if self._stays(node):
+                continue
             with edit.at(node, wide=True):
                 b = _expanded(edit, b, node_shape(node))
                 edit.replace(node, _scan(edit, a, b, initial))
         return edit.finish()
+
+
+def _widen(edit: Edit, node: fx.Node) -> None:
+    if is_elementwise(node, UNARY | BINARY | {"rsub"}) or node.target is operator.getitem or _is_view(node):
+        edit.widen(node)
+        if not is_elementwise(node, _SATURATING):
+            for source in node.all_input_nodes:
+                _widen(edit, source)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node takes and orders elements of a tensor."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
+        return False
+    return op._opname == "reshape" or any(argument.alias_info is not None for argument in op._schema.arguments)
 
 
 def _scan(edit: Edit, a: fx.Node, b: fx.Node, initial: fx.Node | None) -> fx.Node:
@@ -102,7 +125,9 @@ def shifted(edit: Edit, states: fx.Node, initial: fx.Node | None) -> fx.Node:
 def replace_outputs(edit: Edit, node: fx.Node, outputs: Sequence[fx.Node]) -> None:
     """Let those who take one of a scan's outputs take another value, in the same dtype."""
     for user in list(node.users):
-        output, dtype = outputs[user.args[1]], user.meta["val"].dtype
+        index, dtype = user.args[1], user.meta["val"].dtype
+        assert isinstance(index, int)
+        output = outputs[index]
         edit.replace(user, output if output.meta["val"].dtype == dtype else edit.emit(aten.to.dtype, output, dtype))
 
 

@@ -53,7 +53,8 @@ class _Scan:
         self._edit, self._node, self._values = edit, node, arguments(node)
         self._batch, self._channels, self._length = node_shape(self._values["u"])
         # As few as let B and C both be constant within each.
-        self._groups = math.lcm(*(node_shape(x)[1] for x in map(self._values.get, "BC") if x.meta["val"].dim() == 4))
+        shapes = [node_shape(self._values[name]) for name in "BC"]
+        self._groups = math.lcm(*(shape[1] for shape in shapes if len(shape) == 4))
         self._size = chunk_size(self._length)
         self._count = -(-self._length // self._size)
 

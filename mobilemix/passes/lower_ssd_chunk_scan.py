@@ -89,7 +89,7 @@ class _Scan:
 
     def _step(self) -> fx.Node:
         emit, values = self._edit.emit, self._values
-        step = values["dt"]
+        step: fx.Node = values["dt"]
         if values["dt_bias"] is not None:
             step = emit(aten.add.Tensor, step, values["dt_bias"])
         if values["dt_softplus"]:

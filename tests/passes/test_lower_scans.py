@@ -156,6 +156,25 @@ def test_recurrences_are_marked_as_float32():
     assert all(name.startswith("wide_exp") for name in names)
 
 
+class Decay(nn.Module):
+    """A recurrence whose decays come from an exponential by way of other operators."""
+
+    def forward(self, x):
+        rates = torch.nn.functional.softplus(x)
+        first, second = (torch.exp(-rates) * 0.5).permute(2, 0, 1).chunk(2, 1)
+        return ops.linear_scan((1 - first) * second, x.permute(2, 0, 1).chunk(2, 1)[0])
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_so_are_decays(stays):
+    x = torch.randn(4, 3, 20)
+    program = rewritten(LowerLinearScan(lambda node: stays), Decay(), x)
+    names = [node.name for node in program.graph.nodes]
+    assert {"wide_exp", "wide_rsub", "wide_permute", "wide_chunk"} <= set(names)
+    assert {"softplus", "neg", "permute_1"} <= set(names), "what comes before, and the inputs, may be rounded"
+    assert relative_error(program, Decay(), x) <= TOLERANCE
+
+
 def test_scans_that_stay():
     module, inputs = selective(49)
     assert_untouched(LowerSelectiveScan(lambda node: True), module, *inputs)

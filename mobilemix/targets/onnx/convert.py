@@ -126,8 +126,8 @@ def _finish(
         value = node.outputs[0]
         if value.name in misnamed:
             value.name = f"{value.name}.folded"
-        readers = (str(user.outputs[0].name) for user, _ in value.uses())
-        path = paths.setdefault(str(value.name), next((paths[name] for name in readers), ""))
+        readers = (str(user.outputs[0].name) for user, _ in value.uses())  # those in bodies have no path
+        path = paths.setdefault(str(value.name), next((paths[name] for name in readers if name in paths), ""))
         node.name = f"{path}/{value.name}" if path else value.name
     model.graph.name = lowered.name
     model.ir_version = _IR_VERSIONS[opset]

@@ -80,3 +80,18 @@ def test_cumulative_sums_along_any_axis(tmp_path, dim, of, dtype):
     (expected,) = parity.reference(Net(), [sample]).outputs[0]
     runner = PackageRunner(read_package(tmp_path / "net.mlpackage"))
     assert parity.relative_l2(runner.run(sample)["output"], expected) < BUILD_RELATIVE_L2
+
+
+@pytest.mark.parametrize(("dim", "keepdim"), [(1, True), (-1, False)])
+def test_products_along_an_axis(tmp_path, dim, keepdim):
+    class Net(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.prod(dim, keepdim=keepdim)
+
+    lowered = case.lowered(Net(), output_names=("output",))
+    convert(lowered, case.FP32, tmp_path / "net.mlpackage")
+    (sample,) = case.samples()
+    (expected,) = parity.reference(Net(), [sample]).outputs[0]
+    found = PackageRunner(read_package(tmp_path / "net.mlpackage")).run(sample)["output"]
+    assert found.shape == expected.shape
+    assert parity.relative_l2(found, expected) < BUILD_RELATIVE_L2
