@@ -5,12 +5,14 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 import mobilemix.ops  # noqa: F401, registers the scans
 from mobilemix.errors import UnsupportedOpError
-from mobilemix.passes.base import Pass, PassError, PassResult
+from mobilemix.passes.base import Pass, PassError, PassResult, source
 from mobilemix.passes.complex_to_real import ComplexToReal
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
 from mobilemix.passes.fold_constants import FoldConstants
@@ -105,10 +107,19 @@ def lower(
     """
     if program.range_constraints:
         sizes = ", ".join(map(str, program.range_constraints))
-        raise UnsupportedOpError(f"the program has dynamic shapes ({sizes}); export it with fixed ones")
+        raise UnsupportedOpError(f"the program has dynamic shapes ({sizes}{_first_dynamic(program)}); use fixed ones")
     for step in passes:
         result = step(program)
         program = result.program
         if result.modified and log is not None:
             log(step.name)
     return program
+
+
+def _first_dynamic(program: ExportedProgram) -> str:
+    """What makes the first value whose shape is not fixed, and where."""
+    for node in program.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+                return f", input {node.name}" if node.op == "placeholder" else f", {node.target} at {source(node)}"
+    return ""

@@ -9,7 +9,7 @@ from passes_checks import TOLERANCE, assert_real, assert_untouched, operators, r
 from torch import Tensor, nn
 
 from mobilemix.capture import capture
-from mobilemix.errors import UnsupportedOpError
+from mobilemix.errors import CaptureError, UnsupportedOpError
 from mobilemix.passes import lower
 from mobilemix.passes.complex_to_real import ComplexToReal, dft
 from mobilemix.passes.complex_to_real.table import RULES
@@ -183,36 +183,6 @@ def test_operators_between_transforms(name: str) -> None:
     check(function, signal(2, 4, 6, 6))
 
 
-SAME_SHAPE = [
-    *("scale", "imaginary scale", "shift", "reverse", "alpha", "product", "polar", "exponential", "negative", "mask"),
-    *("real branch", "chunk", "reshape", "roll", "shifted", "view", "both parts", "softshrink", "constants", "cast"),
-    *("normalised", "filled", "binary mask"),
-]
-COMPOSED_TOLERANCE = 2e-5
-"""Products and exponentials of products lose digits in eager float32 as well."""
-
-
-@pytest.mark.slow
-@given(
-    names=st.lists(st.sampled_from(SAME_SHAPE), min_size=2, max_size=5),
-    shape=st.tuples(st.integers(1, 2), st.sampled_from([2, 4]), st.integers(2, 9), st.integers(2, 9)),
-    norm=NORMS,
-)
-@settings(max_examples=400, deadline=None)
-def test_operators_compose(names: list[str], shape: tuple[int, ...], norm: str | None) -> None:
-    def function(x: Tensor) -> Tensor:
-        z = torch.fft.rfft2(x, norm="ortho")
-        for name in names:
-            z = SPECTRA[name](z)
-            z = z / (1 + z.abs().amax())
-        return x + torch.fft.irfft2(z, s=x.shape[-2:], norm=norm)
-
-    module, x = Function(function), signal(*shape)
-    program = lower(capture(module, (x,)))
-    assert_real(program)
-    assert relative_error(program, module, x) < COMPOSED_TOLERANCE
-
-
 @given(
     n=st.integers(4, 16),
     hop=st.integers(1, 4),
@@ -303,6 +273,29 @@ def test_an_operator_without_a_rule_is_named_with_its_place() -> None:
         UnsupportedOpError, match=r"aten\.\w*svd\S* on complex tensors at .*test_complex_to_real\.py:\d+"
     ):
         ComplexToReal()(program)
+
+
+def test_what_depends_on_values_is_refused_with_its_place() -> None:
+    def counted(x: Tensor) -> Tensor:
+        return torch.fft.rfft(x, n=int((x > 0).sum())).abs()
+
+    with pytest.raises(CaptureError, match=r"test_complex_to_real\.py:\d+ \(return torch\.fft\.rfft"):
+        capture(Function(counted), (signal(4),))
+    program = capture(Function(lambda x: torch.fft.fft(x).abs()[x > 0]), (signal(4),))
+    with pytest.raises(UnsupportedOpError, match=r"dynamic shapes \(u0, aten\.\S+ at .*test_complex_to_real\.py:\d+"):
+        lower(program)
+
+
+@pytest.mark.parametrize("name", ["det", "inv", "eigvals", "qr"])
+def test_refusals_say_what_to_change(name: str) -> None:
+    program = capture(Function(getattr(torch.linalg, name)), (torch.view_as_complex(signal(3, 3, 2)),))
+    with pytest.raises(UnsupportedOpError) as refusal:
+        lower(program)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert name in message
+    assert "compute what it does from the real and the imaginary part" in message
+    assert f"{__file__}:" in message
 
 
 def test_complex_inputs_and_outputs_become_real_with_a_last_axis_of_parts() -> None:
