@@ -8,9 +8,9 @@ cannot run) and `torch.cuda.device` of a tensor on the CPU. Scans become `torch.
 `ssd_chunk_scan`, one node each in a captured graph. For evaluation: gradients flow, but the modules' step-by-step
 decoding does not exist. docs/shims.md lists the repositories that were tried.
 
-A package that is installed and can be imported is used as it is, but for what cannot run without a package that is not:
-where there is no triton, the kernels of mamba_ssm are stood in for even if mamba_ssm, or a fork of it, is there. This
-module is read without torch.
+A package that is installed and can be imported is used as it is, but for what runs on a GPU alone: compiled scans and
+the triton kernels of mamba_ssm, or of a fork of it, are stood in for even where they are installed. This module is read
+without torch.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from mobilemix.errors import UnknownNameError
-from mobilemix.shims.table import FILES, MAMBA, NEEDS, SHIMS, TRITON
+from mobilemix.shims.table import FILES, GPU_ONLY, MAMBA, NEEDS, SHIMS, TRITON
 
 __all__ = ["SHIMS", "TRITON", "missing_packages", "shim"]
 
@@ -58,9 +58,11 @@ def shim(*names: str) -> Iterator[None]:
     with _forgiving_torch(), _on_path(_Finder(packages), len(sys.meta_path)), _on_path(_Finder(replaced), 0):
         for package in packages:
             is_there = _is_there(package)
-            if not (is_there and (package in FILES or _imports(package))):
+            is_usable = is_there and package not in GPU_ONLY and (package in FILES or _imports(package))
+            if package == TRITON or not is_usable:  # its kernels run on a GPU alone, too, wherever it imports
                 replaced.update(module for module, needed in NEEDS.items() if needed == package)
-                replaced.update({package} if is_there else ())
+            if is_there and not is_usable:
+                replaced.add(package)
         try:
             yield
         finally:

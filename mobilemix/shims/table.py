@@ -134,6 +134,11 @@ NEEDS: Mapping[str, str] = {
 }
 """Module → what it cannot run without: where that is stood in for, so is the module, even if it is there."""
 
+GPU_ONLY = frozenset(
+    {name for name in MAMBA if "_cuda" in name} | {"selective_scan_vmamba", "selective_scan_vmamba_pt202"}
+)
+"""Compiled extensions, which refuse tensors on the CPU: stood in for even where they are installed."""
+
 FILES = frozenset({"csm_triton", "csms6s", "mamba2", "selective_scan"})
 """Names that files of repositories have, too: those are used unseen, not imported to see whether they can be."""
 

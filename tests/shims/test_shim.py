@@ -152,6 +152,34 @@ def test_a_real_package_that_cannot_import_is_replaced(packages):
     assert not left()
 
 
+def test_what_runs_on_a_gpu_alone_is_stood_in_for_even_where_it_is_installed(packages):
+    """As on the machine that trained the model."""
+    interface = "import selective_scan_cuda\nfwd = selective_scan_cuda.fwd\n"
+    packages(
+        {
+            **REAL,
+            "mamba_ssm/ops/selective_scan_interface.py": interface,
+            "mamba_ssm/ops/triton/__init__.py": "",
+            "mamba_ssm/ops/triton/layer_norm.py": "RMSNorm = 'a kernel for GPUs'\n",
+            "selective_scan_cuda.py": "fwd = 'compiled'\n",
+            "causal_conv1d_cuda.py": "",
+            "causal_conv1d/__init__.py": "causal_conv1d_fn = 'compiled'\n",
+            "triton/__init__.py": "REAL = True\n",
+        }
+    )
+    with shim("mamba"):
+        import mamba_ssm
+        import triton
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.selective_scan_interface import fwd
+        from mamba_ssm.ops.triton.layer_norm import RMSNorm
+
+        assert mamba_ssm.REAL
+        assert triton.REAL
+        assert "compiled" not in (fwd, causal_conv1d_fn)
+        assert RMSNorm(4)(torch.ones(1, 4)).shape == (1, 4)
+
+
 def test_files_of_a_repository_are_not_run_to_see_whether_they_can_be(packages):
     packages({"selective_scan.py": "1 / 0\n", "csm_triton.py": "MINE = True\n"})
     with shim("mamba"):
