@@ -4,8 +4,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from passes_checks import TOLERANCE, operators, relative_error
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -17,6 +19,8 @@ from mobilemix.passes.reroll_loops import RerollLoops
 
 FLOAT64_TOLERANCE = 1e-13
 """Of a sum in another order."""
+RANDOM_TOLERANCE = 1e-11
+"""Where that sum is normalised, or nearly cancels."""
 
 Loop = Callable[..., Any]
 
@@ -421,6 +425,16 @@ def momentum(m: Case, a: Tensor, b: Tensor, c: Tensor) -> Any:
 
 
 @loop
+def two_updates_a_step(m: Case, a: Tensor, b: Tensor, c: Tensor) -> Any:
+    h, ys = b.new_zeros(2, 3, 4), []
+    for i in steps(a):
+        h = a[:, :, i] * h + b[:, :, i]
+        h = a[:, :, i] * h + b[:, :, i]
+        ys.append(h)
+    return torch.stack(ys, 1)
+
+
+@loop
 def last_state_alone(m: Case, a: Tensor, b: Tensor, c: Tensor) -> Any:
     h = b.new_zeros(2, 3, 4)
     for i in steps(a):
@@ -595,3 +609,306 @@ def test_float32() -> None:
     given = inputs(32, torch.float32)
     module = Case(discretised_in_the_loop)
     assert relative_error(rerolled(module, *given), module, *given) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_graph_does_not_grow(name: str) -> None:
+    sizes = {len(rerolled(Case(LOOPS[name]), *inputs(length, torch.float32)).graph.nodes) for length in (16, 64)}
+    assert len(sizes) == 1
+
+
+def test_the_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "mobilemix.passes.reroll_loops")
+    assert_stays(Case(gru), *inputs(12, torch.float32))
+    assert "aten.sigmoid.default of the state is not affine" in caplog.text
+    assert __file__ in caplog.text
+
+
+@pytest.mark.parametrize(("length", "is_rolled"), [(7, False), (8, True)])
+def test_short_loops_stay(length: int, is_rolled: bool) -> None:
+    result = RerollLoops()(captured(Case(last_state_alone), *inputs(length, torch.float32)))
+    assert result.modified is is_rolled
+
+
+def test_programs_that_write_into_tensors_stay() -> None:
+    program = torch.export.export(Case(in_place_of_the_state), inputs(12, torch.float32))
+    assert not RerollLoops()(program).modified
+
+
+def test_random_numbers_are_drawn_at_every_step() -> None:
+    def noisy(m: Case, a: Tensor, b: Tensor, c: Tensor) -> Any:
+        h = b[:, :, 0]
+        for _ in steps(a):
+            h = 0.5 * h + torch.rand_like(a[:, :, 0])
+        return h
+
+    program = torch.export.export(Case(noisy), inputs(12, torch.float32)).run_decompositions({})
+    assert not RerollLoops()(program).modified
+
+
+def test_states_used_one_by_one() -> None:
+    def function(m: Case, a: Tensor, b: Tensor, c: Tensor) -> Any:
+        h, ys, others = b.new_zeros(2, 3, 4), [], []
+        for i in steps(a):
+            h = a[:, :, i] * h + b[:, :, i]
+            ys.append(h)
+            if i in (2, 5):
+                others.append(h.tanh() + i)
+        return torch.stack(ys), *others
+
+    given = inputs(12, torch.float32)
+    program = rerolled(Case(function), *given)
+    assert relative_error(program, Case(function), *given) < TOLERANCE
+    assert operators(program)["select"] == 2
+
+
+def test_other_parts_of_an_output_stay() -> None:
+    """Steps that are not like the others, and what is not of the loop."""
+
+    def function(m: Case, a: Tensor, b: Tensor, c: Tensor) -> Any:
+        h, ys = b.new_zeros(2, 3, 4), [m.A.expand(2, 3, 4)]
+        for i in steps(a):
+            h = a[:, :, i] * h + b[:, :, i]
+            ys.append(h * 2 if i == 11 else h.tanh())
+        return torch.stack(ys, 1)
+
+    given = inputs(12, torch.float32)
+    program = rerolled(Case(function), *given)
+    assert relative_error(program, Case(function), *given) < TOLERANCE
+    found = operators(program)
+    assert found["linear_scan"] == found["tanh"] == found["cat"] == 1
+
+
+@pytest.mark.parametrize(("pscan", "is_rolled"), [(False, True), (True, False)])
+def test_mambapy(pscan: bool, is_rolled: bool) -> None:
+    """Its parallel scan is captured step by step, and grows with the logarithm of the length alone."""
+    mambapy = pytest.importorskip("mambapy.mamba")
+    module = mambapy.Mamba(mambapy.MambaConfig(d_model=8, n_layers=1, d_state=4, pscan=pscan))
+    x = torch.randn(2, 11, 8, generator=torch.Generator().manual_seed(0))
+    result = RerollLoops()(captured(module, x))
+    assert result.modified is is_rolled
+    assert relative_error(result.program, module, x) < TOLERANCE
+
+
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "use_cache": False}
+_ATTENTION = {"intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+_NO_ATTENTION = {"layers_block_type": ["mamba", "mamba"], "attn_layer_period": 6, "attn_layer_offset": 4}
+TRANSFORMERS: dict[str, tuple[dict[str, Any], int]] = {
+    "Mamba": ({"state_size": 4}, 2),
+    "FalconMamba": ({"state_size": 4}, 2),
+    "Jamba": (
+        {**_ATTENTION, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}
+        | {"num_experts": 1, "num_experts_per_tok": 1, "mamba_dt_rank": 4},
+        1,
+    ),
+    "Zamba": (
+        {**_ATTENTION, **_NO_ATTENTION, "mamba_d_state": 4, "n_mamba_heads": 2, "mamba_dt_rank": 4}
+        | {"use_mamba_kernels": False, "attention_hidden_size": 32, "attention_head_dim": 8},
+        4,
+    ),
+    "RecurrentGemma": (
+        {**_ATTENTION, "lru_width": 16, "block_types": ["recurrent", "recurrent"], "attention_window_size": 8},
+        2,
+    ),
+}
+"""What to configure beside `_SIZES`, and the number of scans."""
+
+
+class Transformer(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "Mamba" else pytest.param(name, marks=pytest.mark.slow) for name in TRANSFORMERS]
+)
+def test_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    options, scans = TRANSFORMERS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**_SIZES, **options)
+    module = Transformer(getattr(transformers, f"{name}Model")(config))
+    programs = [rerolled(module, torch.randn(2, length, 16)) for length in (10, 13)]
+    for program in programs:
+        with torch.no_grad():  # in float32: these models convert to it inside
+            error = torch.dist(program.module()(*program.example_inputs[0]), module.eval()(*program.example_inputs[0]))
+        assert error < TOLERANCE
+        assert operators(program)["linear_scan"] == scans
+    assert len(programs[0].graph.nodes) == len(programs[1].graph.nodes)
+
+
+@pytest.mark.slow
+def test_transformers_mamba_2() -> None:
+    """It works in chunks, with no loop."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"state_size": 4, "num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8}
+    model = transformers.Mamba2Model(transformers.Mamba2Config(**_SIZES, **sizes))
+    assert_stays(Transformer(model), torch.randn(2, 20, 16))
+
+
+Step = Callable[[Case, int, tuple[Tensor, ...]], Tensor]
+
+_SLICES: tuple[Step, ...] = (
+    lambda m, i, x: x[0][:, :, i],
+    lambda m, i, x: x[1][:, :, i],
+    lambda m, i, x: x[1][:, :, i : i + 1].squeeze(2),
+    lambda m, i, x: x[0][:, :, -1 - i],
+    lambda m, i, x: x[1].unbind(2)[i],
+    lambda m, i, x: x[2][:, None, :, i],
+    lambda m, i, x: x[2].transpose(1, 2)[:, i].unsqueeze(1),
+    lambda m, i, x: x[2][0, 0][i] * m.A,
+    lambda m, i, x: x[0][0, :, i],
+    lambda m, i, x: m.A,
+    lambda m, i, x: m.h0,
+)
+_FUNCTIONS: tuple[Callable[[Case, Tensor], Tensor], ...] = (
+    lambda m, x: x.sigmoid(),
+    lambda m, x: -x,
+    lambda m, x: x @ m.w,
+    lambda m, x: F.linear(x, m.w, m.h0),
+    lambda m, x: F.layer_norm(x, (4,)),
+    lambda m, x: x.softmax(-1),
+    lambda m, x: x.mean(-1, keepdim=True).exp() * m.h0,
+    lambda m, x: x.unsqueeze(-1).expand(*x.shape, 2).flatten(-2).unflatten(-1, (4, 2)).sum(-1),
+    lambda m, x: torch.cat((x, m.h0.expand(x.shape)), -1).chunk(2, -1)[0],
+    lambda m, x: torch.where(x > 0, x, 0.1),
+    lambda m, x: x.transpose(-1, -2).contiguous().transpose(-1, -2).clamp(min=-1),
+)
+_PAIRS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (torch.add, torch.mul, torch.sub, torch.maximum)
+_UPDATES: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
+    lambda h, s, v: s * h + v,
+    lambda h, s, v: v + h * s,
+    lambda h, s, v: h * s - v,
+    lambda h, s, v: v - s * h,
+    lambda h, s, v: (1 - s) * h + s * v,
+    lambda h, s, v: h + s * (v - h),
+    lambda h, s, v: torch.lerp(h, v.expand(h.shape), 0.25),
+    lambda h, s, v: torch.lerp(v.expand(h.shape), h, s.expand(h.shape)),
+    lambda h, s, v: torch.addcmul(v, s, h, value=0.5),
+    lambda h, s, v: torch.addcdiv(v, h, 1 + s, value=-1),
+    lambda h, s, v: torch.where(s > 0.5, 0.5 * h, v),
+    lambda h, s, v: torch.rsub(h / (1 + s), v, alpha=0.5),
+    lambda h, s, v: torch.add(v, h, alpha=0.5),
+    lambda h, s, v: h * 0.9 + v,
+    lambda h, s, v: h + v / 10,
+)
+_READS: tuple[Callable[[Case, Tensor, Tensor], Tensor], ...] = (
+    lambda m, h, v: h,
+    lambda m, h, v: h * v,
+    lambda m, h, v: (h * v).sum(-1),
+    lambda m, h, v: (h @ v.expand(h.shape).transpose(-1, -2)).tanh(),
+    lambda m, h, v: torch.einsum("bdn,dn->bd", h, m.A),
+    lambda m, h, v: F.linear(h, m.w, m.h0),
+    lambda m, h, v: torch.cat((h, v.expand(h.shape)), 1),
+    lambda m, h, v: F.layer_norm(h, (4,)).flatten(1),
+)
+
+
+def step_values() -> st.SearchStrategy[Step]:
+    """Expressions of what a step has besides its state."""
+
+    def deeper(inner: st.SearchStrategy[Step]) -> st.SearchStrategy[Step]:
+        return st.one_of(
+            st.builds(lambda f, x: lambda m, i, given: f(m, x(m, i, given)), st.sampled_from(_FUNCTIONS), inner),
+            st.builds(
+                lambda f, x, y: lambda m, i, given: f(x(m, i, given), y(m, i, given)),
+                st.sampled_from(_PAIRS),
+                inner,
+                inner,
+            ),
+        )
+
+    return st.recursive(st.sampled_from(_SLICES), deeper, max_leaves=4)
+
+
+@st.composite
+def loops(draw: st.DrawFn) -> Loop:
+    """Any loop of one or two states, read in any way."""
+    decay, value, reading = (draw(step_values()) for _ in range(3))
+    updates = draw(st.lists(st.sampled_from(_UPDATES), min_size=1, max_size=2))
+    read, again = draw(st.sampled_from(_READS)), draw(st.sampled_from((None, *_UPDATES)))
+    initial = draw(st.sampled_from(("zeros", "learned", "number", "first")))
+    backward, read_first = draw(st.booleans()), draw(st.booleans())
+    joined, axis = draw(st.sampled_from(("stack", "cat", "insert", "assign", "grow"))), draw(st.integers(0, 2))
+
+    def function(m: Case, *given: Tensor) -> Any:
+        whole = given[1].new_zeros(2, 3, 4)
+        h: Any = {"zeros": whole, "learned": m.h0 * 1, "number": 0, "first": None}[initial]
+        other, ys = whole, []
+        order = reversed(steps(given[0])) if backward else steps(given[0])
+        for i in order:
+            s, v = decay(m, i, given).sigmoid(), value(m, i, given).tanh()
+            before = h
+            if h is None:
+                h = v.expand(2, 3, 4)
+            else:
+                for update in updates:
+                    h = update(h if isinstance(h, Tensor) else whole, s, v)
+            h = h.expand(2, 3, 4)
+            if again is not None:
+                other = again(other, s, h)
+            state = before if read_first and isinstance(before, Tensor) and before.dim() == 3 else h
+            ys.append(read(m, state + other, reading(m, i, given).tanh()))
+        return join(ys, joined, axis), h, other
+
+    return function
+
+
+def join(ys: list[Tensor], how: str, axis: int) -> Tensor:
+    if how == "insert":
+        ys = ys[::-1]
+    if how in ("stack", "insert"):
+        return torch.stack(ys, axis)
+    if how == "cat":
+        return torch.cat([y.unsqueeze(axis) for y in ys], axis)
+    if how == "grow":
+        whole = ys[0].unsqueeze(axis)
+        for y in ys[1:]:
+            whole = torch.cat((whole, y.unsqueeze(axis)), axis)
+        return whole
+    whole = ys[0].new_zeros(*ys[0].shape[:axis], len(ys), *ys[0].shape[axis:])
+    for i, y in enumerate(ys):
+        whole.select(axis, i).copy_(y)
+    return whole
+
+
+def _check(function: Loop) -> None:
+    module = Case(function).double()
+    sizes = []
+    for length in (12, 14):
+        given = inputs(length)
+        program = captured(module, *given)
+        result = RerollLoops()(program)
+        assert result.modified
+        assert relative_error(result.program, module, *given) < RANDOM_TOLERANCE
+        sizes.append(len(result.program.graph.nodes))
+    assert sizes[0] == sizes[1]
+
+
+_settings = hypothesis.settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.generate],  # a smaller example takes minutes to find
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+@pytest.mark.usefixtures("float64")
+@hypothesis.settings(_settings, max_examples=12)
+@hypothesis.given(loops())
+def test_random_loops(function: Loop) -> None:
+    _check(function)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@hypothesis.settings(_settings, max_examples=400)
+@hypothesis.given(loops())
+def test_many_random_loops(function: Loop) -> None:
+    _check(function)

@@ -7,10 +7,9 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import mobilemix.ops  # noqa: F401, registers linear_scan
-from mobilemix.passes.base import Pass, PassResult, arguments
+from mobilemix.passes.base import Pass, PassResult
 from mobilemix.passes.editing import Edit
-from mobilemix.passes.reroll_loops import readouts, recurrences
-from mobilemix.passes.reroll_loops.cuts import cut
+from mobilemix.passes.reroll_loops import assignments, readouts, recurrences
 from mobilemix.passes.reroll_loops.lanes import Lanes, shape
 from mobilemix.passes.reroll_loops.recurrences import Recurrence
 
@@ -45,7 +44,8 @@ class RerollLoops(Pass):
         if any(_writes(node) for node in program.graph.nodes):
             return PassResult(program, False)
         edit = Edit(program)
-        _simplify(edit)
+        assignments.forward(edit)
+        _forget_shapes(edit)
         lanes = Lanes(edit)
         found = _roll_all(lanes)
         joined = [(readout.node, readout.join(lanes)) for readout in readouts.find(lanes)] if found else []
@@ -108,53 +108,11 @@ class _Unused:
                 self._edit.erase(node)
 
 
-def _simplify(edit: Edit) -> None:
-    """Take away what hides a recurrence; this alone does not count as a change of the program.
-
-    What was assigned to a part of a tensor is read from there, not from the tensor, and what has only the shape of a
-    state is computed without it.
-    """
+def _forget_shapes(edit: Edit) -> None:
+    """Compute what has only the shape of a state without it; this does not count as a change."""
     for node in list(edit.graph.nodes):
-        with edit.at(node):
-            value: fx.Node | None
-            if node.target in _FILLED:
-                value = edit.emit(
-                    aten.full.default, list(shape(node)), _FILLED[node.target], dtype=node.meta["val"].dtype
-                )
-            else:
-                value = _assigned(edit, node)
-        if value is not None:
+        if node.target in _FILLED:
+            with edit.at(node):
+                dtype = node.meta["val"].dtype
+                value = edit.emit(aten.full.default, list(shape(node)), _FILLED[node.target], dtype=dtype)
             node.replace_all_uses_with(value)
-
-
-def _assigned(edit: Edit, node: fx.Node) -> fx.Node | None:
-    if node.target is aten.copy.default:
-        value: fx.Node = arguments(node)["src"]
-        return value if _is_alike(value, node) else None
-    part = cut(node)
-    if part is None:
-        return None
-    here, length = part.source, part.size or 1
-    while here.target in (aten.select_scatter.default, aten.slice_scatter.default):
-        values = arguments(here)
-        axis = values["dim"] % len(shape(here))
-        if axis != part.axis:
-            break
-        size = shape(here)[axis]
-        if here.target is aten.select_scatter.default:
-            start, stop, step = values["index"] % size, values["index"] % size + 1, 1
-        else:
-            start, stop, step = slice(values["start"], values["end"], values["step"]).indices(size)
-        if start < part.start + length and part.start < stop:
-            same = (start, stop, step) == (part.start, part.start + length, 1)
-            return values["src"] if same and _is_alike(values["src"], node) else None
-        here = values["self"]
-    if here is part.source:
-        return None
-    if part.size is None:
-        return edit.emit(aten.select.int, here, part.axis, part.start)
-    return edit.emit(aten.slice.Tensor, here, part.axis, part.start, part.start + part.size)
-
-
-def _is_alike(a: fx.Node, b: fx.Node) -> bool:
-    return shape(a) == shape(b) and bool(a.meta["val"].dtype == b.meta["val"].dtype)

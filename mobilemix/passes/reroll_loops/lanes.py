@@ -162,8 +162,6 @@ class Lanes:
         starts = [item.start for item in found]
         if source.timed or len({*starts}) == 1:
             check_same("parts", starts)
-            if not source.timed:
-                return Rolled(lane[0], False)
             if first.size is None:
                 return self.apply(lane[0], aten.select.int, source, first.axis, first.start)
             return self.apply(lane[0], aten.slice.Tensor, source, first.axis, first.start, first.start + first.size)
@@ -210,8 +208,6 @@ class Lanes:
         if torch.Tag.nondeterministic_seeded in op.tags:
             raise Refusal(f"{op} draws random numbers")
         args, kwargs = self.arguments(lane, lambda part: self.roll(part, depth + 1))
-        if not any(item.timed for item in _leaves((args, kwargs)) if isinstance(item, Rolled)):
-            return Rolled(lane[0], False)
         return self.apply(lane[0], op, *args, **kwargs)
 
     def arguments(self, lane: Lane, value: Callable[[Lane], Any]) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from mobilemix.passes.base import arguments, source
+from mobilemix.passes.reroll_loops.assignments import Assignment, assignment
 from mobilemix.passes.reroll_loops.lanes import Lane, Lanes, Refusal, Rolled, shape
 from mobilemix.passes.reroll_loops.recurrences import FEWEST_STEPS, SHORT_PIECES
 
@@ -65,10 +66,8 @@ def find(lanes: Lanes) -> Iterator[Readout]:
             readout = Readout(node, axis, tuple(parts), True)
         elif node.target is aten.cat.default:
             readout = _concatenation(node)
-        elif node.target in (aten.select_scatter.default, aten.slice_scatter.default):
-            readout = _assignments(node)
         else:
-            continue
+            readout = _assignments(node)
         if readout is not None and len(readout.parts) >= FEWEST_STEPS:
             yield readout
 
@@ -110,28 +109,26 @@ def _concatenation(node: fx.Node) -> Readout | None:
 
 def _assignments(node: fx.Node) -> Readout | None:
     """To one part of a tensor after another."""
-    values = arguments(node)
-    if any(user.target is node.target and arguments(user)["self"] is node for user in node.users):
+    last = assignment(node)
+    if last is None or any(_continues(user, node, last.axis) for user in node.users):
         return None
-    axis = values["dim"] % len(shape(node))
     parts: dict[int, tuple[int, fx.Node]] = {}
-    here = node
-    while here.target is node.target and (values := arguments(here))["dim"] % len(shape(node)) == axis:
-        size = shape(node)[axis]
-        if node.target is aten.select_scatter.default:
-            start, stop, step = values["index"] % size, values["index"] % size + 1, 1
-        else:
-            start, stop, step = slice(values["start"], values["end"], values["step"]).indices(size)
-        if step != 1 or values["src"].meta["val"].dtype != node.meta["val"].dtype:
-            return None
-        parts.setdefault(start, (stop, values["src"]))  # the last assignment counts
-        here = values["self"]
+    here: Assignment | None = last
+    while here is not None and here.axis == last.axis and len(shape(here.part)) == len(shape(last.part)):
+        parts.setdefault(here.start, (here.stop, here.part))  # the last assignment counts
+        base = here.whole
+        here = assignment(base)
     starts = sorted(parts)
     stops = [parts[start][0] for start in starts]
     if stops[:-1] != starts[1:]:
         return None
-    sources = tuple(parts[start][1] for start in starts)
-    return Readout(node, axis, sources, node.target is aten.select_scatter.default, here, starts[0])
+    stacked = len(shape(last.part)) < len(shape(node))
+    return Readout(node, last.axis, tuple(parts[start][1] for start in starts), stacked, base, starts[0])
+
+
+def _continues(node: fx.Node, whole: fx.Node, axis: int) -> bool:
+    found = assignment(node)
+    return found is not None and found.whole is whole and found.axis == axis
 
 
 def _axis(node: fx.Node) -> int:

@@ -23,6 +23,9 @@ _WIDEST_BODY = 64
 SHORT_PIECES = 2
 """Of a loop that does not do the same all along, pieces that may be too short to roll: the first step, the last."""
 
+_PERIODS = (1, 2, 3, 4)
+"""How many links of a chain may be one step: a loop may update its state more than once in the same way."""
+
 _log = logging.getLogger(__name__)
 
 Path = tuple[tuple[Any, int], ...]
@@ -74,6 +77,15 @@ def find(lanes: Lanes) -> list[Chain]:
 
 def roll(lanes: Lanes, chain: Chain) -> list[Recurrence]:
     """The chain as scans: one, or several one after another if the loop does not do the same all along."""
+    every = (chain.initial, *chain.states)
+    for period in _PERIODS:
+        states = every[len(chain.states) % period :: period]
+        if found := _roll(lanes, Chain(states[0], states[1:])):
+            return found
+    return []
+
+
+def _roll(lanes: Lanes, chain: Chain) -> list[Recurrence]:
     pieces, short, found = [chain], 0, []
     while pieces and short <= SHORT_PIECES:
         piece = pieces.pop()
