@@ -47,8 +47,8 @@ SSD = ((4, 48, 64), (8, 32, 16), (24, 64, 64))
 LONGEST_UNROLLED = 49
 """Exporting a loop of 784 steps takes minutes."""
 LONGEST_DOUBLING = 784
-SECONDS = 0.7
-"""For the rounds of one case with one number of threads."""
+SECONDS, ROUNDS = 0.7, 8
+"""The least of one case with one number of threads."""
 
 Form = Callable[[ExportedProgram], ExportedProgram]
 
@@ -267,8 +267,9 @@ def interleave(models: dict[str, bytes], inputs: tuple[Tensor, ...], threads: in
         error = np.linalg.norm(output - expected) / np.linalg.norm(expected)
         assert error < 1e-5, f"{name} differs by {error:.1e}"
     best = dict.fromkeys(sessions, float("inf"))
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
+    end, rounds = time.perf_counter() + SECONDS, 0
+    while time.perf_counter() < end or rounds < ROUNDS:
+        rounds += 1
         for name, each in sessions.items():
             start = time.perf_counter()
             each.run(None, feeds[name])

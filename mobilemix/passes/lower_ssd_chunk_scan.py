@@ -14,8 +14,8 @@ aten = torch.ops.aten
 _WHOLE = 64
 """Scans of up to so many steps are one chunk."""
 
-_SIZES, _BEST_SIZE = range(28, _WHOLE + 1), 48
-"""Below, there are more chunks than steps in one; above, T² decays per chunk and head outweigh the rest."""
+_SIZES = range(28, _WHOLE + 1)
+"""Steps per chunk of longer ones. √(p·n) is best: there the decays of a chunk are as many as the elements of a state."""
 
 _FORGOTTEN = -64.0
 """Logarithm of a decay over a chunk below which nothing is left of a state; sums of it stay within float16."""
@@ -56,7 +56,11 @@ class _Scan:
         groups, self._state = node_shape(self._values["B"])[2:]
         self._heads = [heads] if groups == 1 else [groups, heads // groups]
         self._shared = [1] if groups == 1 else [groups, 1]
-        self._size = self._length if self._length <= _WHOLE else nearest(self._length, _SIZES, _BEST_SIZE)
+        self._size = (
+            self._length
+            if self._length <= _WHOLE
+            else nearest(self._length, _SIZES, (self._width * self._state) ** 0.5)
+        )
         self._count = -(-self._length // self._size)
         self._returns_states = any(user.args[1] == 1 for user in node.users)
 
