@@ -157,14 +157,15 @@ def files(module: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
 
 
 def session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
-    """A file in ONNX Runtime on the CPU."""
+    """A file in ONNX Runtime on the CPU; threads that spin while they wait would make a busy machine erratic."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def interleave(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Milliseconds by name: the lower decile of rounds in which each runs once, since other programs only ever add."""
+    """Milliseconds by name: the best of rounds in which each runs once, since other programs only ever add."""
     for run in runs.values():
         run()
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -176,7 +177,7 @@ def interleave(runs: dict[str, Callable[[], object]], seconds: float) -> dict[st
             run()
             milliseconds[name].append(1e3 * (time.perf_counter() - start))
         rounds += 1
-    return {name: float(np.quantile(times, 0.1)) for name, times in milliseconds.items()}
+    return {name: min(times) for name, times in milliseconds.items()}
 
 
 def compare(module: nn.Module, shape: tuple[int, ...]) -> dict[int, dict[str, float]]:
