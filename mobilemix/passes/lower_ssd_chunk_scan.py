@@ -15,7 +15,7 @@ _WHOLE = 64
 """Scans of up to so many steps are one chunk."""
 
 _SIZES = range(28, _WHOLE + 1)
-"""Steps per chunk of longer ones. √(p·n) is best: there the decays of a chunk are as many as the elements of a state."""
+"""Steps per chunk of longer ones. √(p·n) is best: a chunk then has as many decays as a state has elements."""
 
 _FORGOTTEN = -64.0
 """Logarithm of a decay over a chunk below which nothing is left of a state; sums of it stay within float16."""
