@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mobilemix import ops, passes, shims
     from mobilemix.api import Export, export, verify
     from mobilemix.errors import MobilemixError
+    from mobilemix.inspection import inspect_artifact, inspect_model
     from mobilemix.manifest import Manifest, read_manifest
     from mobilemix.models.registry import create_model, list_models
     from mobilemix.parity import Agreement, Parity, Tolerance
@@ -32,9 +34,14 @@ __all__ = [
     "Tolerance",
     "create_model",
     "export",
+    "inspect_artifact",
+    "inspect_model",
     "list_models",
     "load_recipe",
+    "ops",
+    "passes",
     "read_manifest",
+    "shims",
     "verify",
 ]
 
@@ -48,6 +55,8 @@ _HOMES = {
     "Tolerance": "mobilemix.parity",
     "create_model": "mobilemix.models.registry",
     "export": "mobilemix.api",
+    "inspect_artifact": "mobilemix.inspection",
+    "inspect_model": "mobilemix.inspection",
     "list_models": "mobilemix.models.registry",
     "load_recipe": "mobilemix.recipe",
     "read_manifest": "mobilemix.manifest",
@@ -55,7 +64,12 @@ _HOMES = {
 }
 
 
+_MODULES = frozenset({"ops", "passes", "shims"})
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"mobilemix.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'mobilemix' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
