@@ -59,9 +59,9 @@ def inputs_of(program: ExportedProgram) -> tuple[Input, ...]:
 
 
 def outputs_of(program: ExportedProgram) -> tuple[tuple[tuple[int, ...], str], ...]:
-    """Shape and dtype of each user output of a program, in order."""
+    """Shape and dtype of each tensor among the user outputs of a program, in order."""
     nodes = {node.name: node for node in program.graph.nodes}
-    values = [nodes[str(name)].meta["val"] for name in program.graph_signature.user_outputs]
+    values = [nodes[name].meta["val"] for name in program.graph_signature.user_outputs if isinstance(name, str)]
     return tuple((tuple(value.shape), dtype_name(value.dtype)) for value in values)
 
 

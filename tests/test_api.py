@@ -237,7 +237,7 @@ class Tokens(nn.Module):
         self.filter = nn.Parameter(torch.randn(8, dtype=torch.complex64, generator=generator))
 
     def forward(self, ids, mask, spectrum):
-        x = self.words(ids).masked_fill(~mask.unsqueeze(-1), 0.0)
+        x = self.words(ids).masked_fill(~(mask & (ids > 5)).unsqueeze(-1), 0.0)
         z = torch.fft.fft2(x) * self.filter + spectrum
         return {"mixed": torch.fft.ifft2(z).real, "spectrum": z, "best": x.argmax(-1)}
 

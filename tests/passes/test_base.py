@@ -40,6 +40,17 @@ def test_a_changed_interface_is_refused(other: nn.Module, message: str) -> None:
         Swap(capture(other, inputs), modified=True)(capture(nn.Linear(3, 2), (X,)))
 
 
+def test_a_pass_may_declare_what_becomes_of_inputs_and_outputs() -> None:
+    class Widen(Swap):
+        def keeps(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+            return (shape, dtype) if shape == (1, 3) else ((*shape[:-1], 4), dtype)
+
+    narrow, wide, wider = (capture(nn.Linear(3, size), (X,)) for size in (2, 4, 5))
+    assert Widen(wide, modified=True)(narrow).program is wide
+    with pytest.raises(PassError, match=r"\(1, 2\).*became.*\(1, 5\)"):
+        Widen(wider, modified=True)(narrow)
+
+
 def test_arguments_are_named_and_complete() -> None:
     program = capture(nn.Conv2d(3, 4, 3, padding=1), (torch.randn(1, 3, 5, 5),))
     (conv,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default)

@@ -438,13 +438,13 @@ _EACH_PART = """
     split split_with_sizes chunk unbind tensor_split unsafe_split unsafe_chunk
     cat concat stack hstack vstack roll flip rot90 repeat tile repeat_interleave tril triu diag_embed trace
     pad constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle
-    sum mean cumsum where copy slice_scatter select_scatter diagonal_scatter
+    sum mean cumsum copy slice_scatter select_scatter diagonal_scatter
     index_put index_copy index_add index_fill scatter scatter_add put masked_fill masked_scatter
 """
 _SELECTORS = ("condition", "index", "indices", "mask", "repeats")
 """Arguments that say which elements are meant, for both parts the same."""
-_NUMBERS = ("self", "other", "value")
-"""Arguments that may be Python numbers, of which each part takes its own."""
+_NUMBER = "value"
+"""Argument that may be a Python number, of which each part takes its own."""
 
 
 @rule(*_EACH_PART.split())
@@ -460,7 +460,7 @@ def _(call: Call, *args: Any, **kwargs: Any) -> Any:
         def argument(name: str, item: Any) -> Any:
             if name in _SELECTORS:
                 return item
-            if name in _NUMBERS and isinstance(item, int | float | complex):
+            if name == _NUMBER and isinstance(item, int | float | complex):
                 return complex(item).imag if index else complex(item).real
             return pytree.tree_map(choose, item, is_leaf=lambda item: isinstance(item, Real | Complex))
 
@@ -476,6 +476,17 @@ def _(call: Call, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     re, im = with_part(0), with_part(1)
     return Complex(re, im) if isinstance(re, Real) else [Complex(*pair) for pair in zip(re, im, strict=True)]
+
+
+@rule("where")
+def _(call: Call, condition: Real, *branches: Number) -> Any:
+    def chosen(index: int) -> Real:
+        parts = [split(branch)[index] for branch in branches]
+        shapes = [part.shape if isinstance(part, Real) else () for part in parts]
+        tensors = [fill(call.edit, part, shape, call.dtype) for part, shape in zip(parts, shapes, strict=True)]
+        return call.emit(aten.where.self, condition, *tensors)
+
+    return Complex(chosen(0), chosen(1)) if branches else NotImplemented
 
 
 @rule("to", "_to_copy", "type_as")

@@ -38,7 +38,7 @@ from mobilemix.recipe import Recipe
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.coreml import frontend  # noqa: F401, it registers readers
-from mobilemix.targets.coreml.interface import distinct_outputs, take_unscaled
+from mobilemix.targets.coreml.interface import distinct_outputs, plain_flags, take_unscaled
 from mobilemix.targets.coreml.mil_passes import PROBABILITIES, pass_pipeline
 
 STORED_DTYPES = {"int64": "int32", "bool": "int32", "float64": "float32"}
@@ -156,7 +156,7 @@ def _decomposed(program: ExportedProgram, std: tuple[float, ...] | None) -> Expo
     """In the dialect that coremltools reads; kept because verification converts the same program in float32."""
     if std is not None:
         program = take_unscaled(program, std)
-    program = distinct_outputs(program)
+    program = distinct_outputs(plain_flags(program))
     if all(map(_is_read_as_it_is, program.graph.nodes)):
         whole = _InAten.__new__(_InAten)
         whole.__dict__.update(program.__dict__)

@@ -53,6 +53,38 @@ def _weight(consumers: list[fx.Node]) -> fx.Node | None:
     return weight if values["groups"] == 1 else None
 
 
+_LOGICAL = {
+    aten.__and__.Tensor: aten.logical_and.default,
+    aten.__or__.Tensor: aten.logical_or.default,
+    aten.__xor__.Tensor: aten.logical_xor.default,
+}
+
+
+def plain_flags(program: ExportedProgram) -> ExportedProgram:
+    """The program that takes int32 where `program` took booleans, of which Core ML has no arrays, nor bits of them.
+
+    before   mask (bool) → any consumer;                  __and__ (bool, bool)
+    after    mask (int32) → ne(0) → any consumer;         logical_and (bool, bool)
+    """
+    edit = Edit(program)
+    names = set(program.graph_signature.user_inputs)
+    first = next(node for node in edit.graph.nodes if node.op != "placeholder")
+    for node in list(edit.graph.nodes):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+            continue
+        if node.target in _LOGICAL:
+            node.target = _LOGICAL[node.target]
+            edit.changed = True
+        elif node.op == "placeholder" and node.name in names:
+            node.meta["val"] = edit.empty(value.shape, torch.int32)
+            with edit.at(first):
+                flag = edit.emit(aten.ne.Scalar, node, 0)
+            node.replace_all_uses_with(flag, delete_user_cb=lambda user, flag=flag: user is not flag)
+            edit.changed = True
+    return edit.finish().program
+
+
 def distinct_outputs(program: ExportedProgram) -> ExportedProgram:
     """`program` with a copy where an output is an input or another output, which Core ML cannot name twice.
 
