@@ -900,7 +900,7 @@ _settings = hypothesis.settings(
 
 
 @pytest.mark.usefixtures("float64")
-@hypothesis.settings(_settings, max_examples=12)
+@hypothesis.settings(_settings, max_examples=8)
 @hypothesis.given(loops())
 def test_random_loops(function: Loop) -> None:
     _check(function)
@@ -908,7 +908,8 @@ def test_random_loops(function: Loop) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
-@hypothesis.settings(_settings, max_examples=400)
+@pytest.mark.timeout(1800)
+@hypothesis.settings(_settings, max_examples=200)
 @hypothesis.given(loops())
 def test_many_random_loops(function: Loop) -> None:
     _check(function)
