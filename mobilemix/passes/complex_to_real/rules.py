@@ -204,7 +204,8 @@ def _(call: Call, x: Complex) -> Complex:
 def _tanh(x: Complex) -> Complex:
     """(tanh 2a + i · s · sin 2b) / (1 + s · cos 2b) with s = 1 / cosh 2a, none of which overflows."""
     a, b = x.re * 2.0, x.im * 2.0
-    narrow = a.call(aten.cosh.default).call(aten.reciprocal.default)
+    small = (-a.call(aten.abs.default)).call(aten.exp.default)
+    narrow = small * 2.0 / (small * small + 1.0)
     scale = narrow * b.call(aten.cos.default) + 1.0
     return Complex(a.call(aten.tanh.default) / scale, narrow * b.call(aten.sin.default) / scale)
 
