@@ -35,5 +35,6 @@ class ShareConstants(Pass):
 
 def _content(tensor: Tensor) -> tuple[object, ...]:
     data = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    digest = hashlib.sha256(data.contiguous().flatten().view(torch.uint8).numpy().data).digest()
+    packed = data.clone(memory_format=torch.contiguous_format).flatten()  # contiguous() leaves odd strides of size 1
+    digest = hashlib.sha256(packed.view(torch.uint8).numpy().data).digest()
     return tensor.dtype, tuple(tensor.shape), digest

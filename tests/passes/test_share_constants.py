@@ -1,3 +1,4 @@
+import pytest
 import torch
 from passes_checks import assert_untouched, relative_error, rewritten
 from torch import Tensor, nn
@@ -43,3 +44,17 @@ def test_what_differs_in_one_number_or_dtype_stays() -> None:
             return x * self.ones - x.exp() * self.others + self.counts
 
     assert_untouched(ShareConstants(), Pair(), torch.randn(4))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 1)])
+def test_constants_of_any_layout_are_compared(shape: tuple[int, ...]) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            pairs = torch.ones(shape, dtype=torch.complex64)
+            self.one, self.other, self.count = nn.Buffer(pairs.real), nn.Buffer(pairs.real), nn.Buffer(pairs.real.int())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.one + x.exp() * self.other + self.count
+
+    assert len(rewritten(ShareConstants(), Parts(), torch.randn(2, 1)).state_dict) == 2
