@@ -93,9 +93,10 @@ def flipped_weight_bit(package: Path) -> None:
         weights.reshape(-1)[17:18].view(f"u{weights.itemsize}")[:] ^= 1
 
 
-def transposed_dft(package: Path) -> None:
-    with stored(package, "dft_16x16") as matrix:
-        matrix[:] = matrix.T.copy()
+def conjugate_dft(package: Path) -> None:
+    """The imaginary half of the matrix of the first transform, (frequencies, pixels), with the other sign."""
+    with stored(package, "transpose_0") as matrix:
+        matrix[len(matrix) // 2 :] *= -1
 
 
 class stored:
@@ -146,7 +147,7 @@ VISIBLE: tuple[Mutant, ...] = (
     wrong_epsilon,
     wrong_axis,
     shifted_padding,
-    transposed_dft,
+    conjugate_dft,
 )
 """Faults that change the function enough for the float32 build to show them."""
 
