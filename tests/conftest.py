@@ -1,8 +1,12 @@
 """What several tests need: a small network with everything that makes exporters refuse, in a user's own file."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; read when torch is imported, after this
 
 NETWORK = '''
 import torch

@@ -94,7 +94,7 @@ def _apply_jointly(
     first, last = min(axes), max(axes)
     matrix = dft.joint(tuple(transforms), tuple(axis - first for axis in axes))
     outer, inner = math.prod(x.shape[:first]), math.prod(x.shape[last + 1 :])
-    data = (x if isinstance(x, Real) else _stack(x, first)).reshape((outer, matrix.shape[1], inner))
+    data = (x if isinstance(x, Real) else stacked(x, first)).reshape((outer, matrix.shape[1], inner))
     shape = list(x.shape)
     for axis, transform in zip(axes, transforms, strict=True):
         shape[axis] = transform.size
@@ -137,7 +137,7 @@ def along(x: Complex, axis: int) -> tuple[Real, int]:
     return emit(x.edit, aten.cat.default, list(x.parts), axis), axis
 
 
-def _stack(x: Complex, axis: int) -> Real:
+def stacked(x: Complex, axis: int) -> Real:
     """Both parts in one tensor, (…, 2, n, …)."""
     data, part_axis = along(x, axis)
     return data if part_axis == axis else emit(x.edit, aten.cat.default, list(x.parts), axis)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mobilemix.passes.complex_to_real import dft
-from mobilemix.passes.complex_to_real.fft import FORWARD, INVERSE, constant
+from mobilemix.passes.complex_to_real.fft import FORWARD, INVERSE, constant, stacked
 from mobilemix.passes.complex_to_real.rules import pairs
 from mobilemix.passes.complex_to_real.table import Call, rule
 from mobilemix.passes.complex_to_real.values import Complex, Real, emit
@@ -36,7 +36,7 @@ def _(
     if isinstance(x, Complex):
         bins = n_fft
         rows = dft.complex_to_complex(n_fft, n_fft, FORWARD, scale)
-        signal = _beside(x, len(batch)).reshape((math.prod(batch), 2, length))
+        signal = stacked(x, len(batch)).reshape((math.prod(batch), 2, length))
     else:
         bins = n_fft if onesided is False else n_fft // 2 + 1
         rows = dft.real_to_complex(n_fft, n_fft, bins, FORWARD, scale)
@@ -70,7 +70,7 @@ def _(
     make = dft.complex_to_complex if return_complex else dft.complex_to_real
     kernel = _windowed(call, make(bins, n_fft, INVERSE, scale).T, n_fft, window, win_length, call.dtype)
     weight = _windowed(call, torch.ones(1, n_fft), n_fft, window, win_length, call.dtype)
-    parts = _beside(x, len(batch)).reshape((math.prod(batch), 2 * bins, frames))
+    parts = stacked(x, len(batch)).reshape((math.prod(batch), 2 * bins, frames))
     once = emit(call.edit, aten.full.default, [1, 1, frames], 1.0, dtype=call.dtype)
     signal = parts.call(aten.conv_transpose1d.default, kernel, None, hop)
     overlap = once.call(aten.conv_transpose1d.default, weight * weight, None, hop)
@@ -83,13 +83,6 @@ def _(
         result = result.call(aten.constant_pad_nd.default, [0, stop - available], 0.0)
     shape = (*batch, stop - start)
     return Complex.from_stacked(result, shape, len(batch)) if return_complex else result.reshape(shape)
-
-
-def _beside(x: Complex, axis: int) -> Real:
-    """Both parts in one tensor, one after the other along `axis`."""
-    if x.stacked and x.stacked[1] == axis:
-        return x.stacked[0]
-    return emit(x.edit, aten.cat.default, list(x.parts), axis)
 
 
 def _windowed(
