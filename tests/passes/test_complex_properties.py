@@ -347,7 +347,8 @@ def test_compositions(case: Composition) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @given(compositions(longest=8))
-@settings(max_examples=2000, **SETTINGS)
+@settings(max_examples=800, **SETTINGS)
 def test_many_compositions(case: Composition) -> None:
     check(case)

@@ -235,8 +235,8 @@ def test_any_transform_in_any_form(shuffled: Any, case: Any, seed: int, dtype: t
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @given(case=chains(), seed=st.integers(0, 10**6), dtype=st.sampled_from(sorted(TIERS, key=str)))
-@settings(max_examples=800, **ANY_FORM)
-def test_thousands_of_transforms_in_any_form(shuffled: Any, case: Any, seed: int, dtype: torch.dtype) -> None:
+@settings(max_examples=250, **ANY_FORM)
+def test_many_transforms_in_any_form(shuffled: Any, case: Any, seed: int, dtype: torch.dtype) -> None:
     shuffled(seed)
     functions, shape = case
     check(functions, signal(*shape, dtype=dtype))

@@ -909,7 +909,7 @@ def test_random_loops(function: Loop) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.timeout(1800)
-@hypothesis.settings(_settings, max_examples=200)
+@hypothesis.settings(_settings, max_examples=60)
 @hypothesis.given(loops())
 def test_many_random_loops(function: Loop) -> None:
     _check(function)
