@@ -31,7 +31,7 @@ WRONG = 1e-3
 
 SECONDS_OF_ROUNDS = 10.0
 Result = dict[str, Any]
-"""What one export came to: "error", "nodes" and "seconds"; or "refused" with the reason."""
+"""What one export came to: "error", "nodes" and "seconds"; or "failed" with the reason."""
 
 STOCK_HEADINGS = ("model", "from", "torch.onnx.export", "nodes", "seconds", "coremltools", "operations", "seconds")
 OUR_HEADINGS = (
@@ -72,10 +72,10 @@ def call(route: str, name: str, folder: str) -> Result:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return {"refused": f"no answer in {TIME_LIMIT_SECONDS} s"}
+        return {"failed": f"no answer in {TIME_LIMIT_SECONDS} s"}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return {"refused": f"the process ended with {done.returncode}: {last}"}
+        return {"failed": f"crashed with {done.returncode}: {last}"}
     result: Result = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -90,7 +90,7 @@ def work(route: str, name: str, folder: Path) -> Result:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return ROUTES[route](name, folder)
     except Exception as error:
-        return {"refused": reason(error)}
+        return {"failed": f"refused: {reason(error)}"}
 
 
 def reason(error: BaseException) -> str:
@@ -151,7 +151,7 @@ def stock_coreml(name: str, folder: Path) -> Result:
             with torch.no_grad():
                 model, how = convert(torch.jit.trace(module, inputs, check_trace=False), inputs=types), "traced"
         except Exception as second:
-            return {"refused": f"{reason(first)}; traced: {reason(second)}"}
+            return {"failed": f"refused: {reason(first)}; traced: {reason(second)}"}
     seconds = time.perf_counter() - start
     model.save(str(path))
     target = find_target("coreml")
@@ -237,8 +237,8 @@ def stock_row(name: str, results: dict[str, Result]) -> tuple[str, ...]:
 
 def stock_cells(result: Result) -> tuple[str, str, str]:
     """Verdict, nodes and seconds."""
-    if "refused" in result:
-        return f"refused: {cut(result['refused'])}", "–", "–"
+    if "failed" in result:
+        return cut(result["failed"]), "–", "–"
     if "unknown" in result:
         verdict = f"converts; not executed: {cut(result['unknown'])}"
     else:
@@ -254,16 +254,16 @@ def our_row(name: str, results: dict[str, Result]) -> tuple[str, ...]:
 
     onnx, coreml, times = (results[route] for route in ("onnx", "coreml", "latency"))
     cells = [ZOO[name].title]
-    if "refused" in onnx:
-        cells += [f"refused: {cut(onnx['refused'])}", "–", "–"]
+    if "failed" in onnx:
+        cells += [cut(onnx["failed"]), "–", "–"]
     else:
         cells += [verdict(onnx["fp32"]), str(onnx["fp32"]["nodes"]), f"{onnx['fp32']['seconds']:.1f}"]
-    if "refused" in times:
+    if "failed" in times:
         cells += ["–", "–", "–"]
     else:
         cells += [f"{times['ours']:.2f}", f"{times['stock']:.2f}", f"{times['stock'] / times['ours']:.1f}"]
-    if "refused" in coreml:
-        cells += [f"refused: {cut(coreml['refused'])}", "–", "–", "–"]
+    if "failed" in coreml:
+        cells += [cut(coreml["failed"]), "–", "–", "–"]
     else:
         cells += [verdict(coreml["fp32"]), verdict(coreml["fp16"])]
         cells += [str(coreml["fp16"]["nodes"]), f"{coreml['fp16']['seconds']:.1f}"]
