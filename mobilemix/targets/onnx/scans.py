@@ -16,8 +16,8 @@ from torch import fx
 
 from mobilemix.passes.base import arguments
 
-LEAST_STATES = 1536
-"""Elements of the state from which `Scan` is at least as fast as plain operators, at any length."""
+LEAST_STATES = 2048
+"""Elements of the state from which `Scan` is at least as fast as plain operators: at 1536 it is slower (docs/scans.md)."""
 
 LEAST_STEPS = 32
 """Shorter scans are few plain operators anyhow, which any runtime takes."""
