@@ -90,6 +90,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return values
 
 
+def node_shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's value."""
+    return tuple(node.meta["val"].shape)
+
+
 def source(node: fx.Node) -> str:
     """Where the user's code asked for `node`: "model.py:12 (y = f(x))", or the node's name if torch kept no trace."""
     trace = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from mobilemix.passes.base import Pass, PassResult, arguments
+from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
 from mobilemix.passes.editing import Edit
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ class _Term:
     @property
     def sizes(self) -> dict[str, int]:
         """Size of the axis of each label."""
-        return dict(zip(self.labels, _shape(self.node), strict=True))
+        return dict(zip(self.labels, node_shape(self.node), strict=True))
 
 
 def _parse(equation: str, operands: Sequence[fx.Node]) -> tuple[_Term, _Term, str] | None:
@@ -65,7 +65,7 @@ def _parse(equation: str, operands: Sequence[fx.Node]) -> tuple[_Term, _Term, st
     labels = left.split(",")
     if len(operands) != 2:
         return None
-    hidden = [len(_shape(node)) - len(term.replace("...", "")) for node, term in zip(operands, labels, strict=True)]
+    hidden = [len(node_shape(node)) - len(term.replace("...", "")) for node, term in zip(operands, labels, strict=True)]
     letters = "".join(letter for letter in string.ascii_letters if letter not in equation)[: max(hidden)]
     a, b = (
         _Term(operand, term.replace("...", letters[len(letters) - missing :]))
@@ -175,7 +175,7 @@ class _Sum:
         return self._edit.emit(aten.permute.default, term.node, [term.labels.index(label) for label in order])
 
     def _reshape(self, node: fx.Node, shape: Sequence[int]) -> fx.Node:
-        return node if _shape(node) == tuple(shape) else self._edit.emit(aten.reshape.default, node, list(shape))
+        return node if node_shape(node) == tuple(shape) else self._edit.emit(aten.reshape.default, node, list(shape))
 
     def _block(self, rows: str, columns: str) -> list[int]:
         sizes = [self._size(self._batch), self._size(rows), self._size(columns)]
@@ -189,7 +189,3 @@ class _Sum:
 
     def _size(self, labels: str) -> int:
         return math.prod(self._sizes[label] for label in labels)
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)

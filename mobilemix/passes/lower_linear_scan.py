@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from mobilemix.passes.base import Pass, PassResult, arguments
+from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
 from mobilemix.passes.chunks import UNROLLED, chunk_size
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.elementwise import BINARY, UNARY, is_elementwise
@@ -129,11 +129,6 @@ def replace_outputs(edit: Edit, node: fx.Node, outputs: Sequence[fx.Node]) -> No
         assert isinstance(index, int)
         output = outputs[index]
         edit.replace(user, output if output.meta["val"].dtype == dtype else edit.emit(aten.to.dtype, output, dtype))
-
-
-def node_shape(node: fx.Node) -> tuple[int, ...]:
-    """Shape of a node's value."""
-    return tuple(node.meta["val"].shape)
 
 
 def _pad(edit: Edit, node: fx.Node, amount: int) -> fx.Node:

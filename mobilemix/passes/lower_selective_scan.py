@@ -7,10 +7,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from mobilemix.passes.base import Pass, PassResult, arguments
+from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
 from mobilemix.passes.chunks import chunk_size
 from mobilemix.passes.editing import Edit
-from mobilemix.passes.lower_linear_scan import advance, node_shape, replace_outputs, shifted, steps
+from mobilemix.passes.lower_linear_scan import advance, replace_outputs, shifted, steps
 
 aten = torch.ops.aten
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from mobilemix.passes.base import Pass, PassResult, arguments
+from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
 from mobilemix.passes.chunks import nearest
 from mobilemix.passes.editing import Edit
-from mobilemix.passes.lower_linear_scan import node_shape, replace_outputs
+from mobilemix.passes.lower_linear_scan import replace_outputs
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from mobilemix.passes.base import Pass, PassResult
+from mobilemix.passes.base import Pass, PassResult, node_shape
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.elementwise import BINARY, UNARY, is_elementwise
 
@@ -54,11 +54,11 @@ def _merge(edit: Edit, node: fx.Node) -> fx.Node | None:
     assert isinstance(x, fx.Node)
     root = x.args[0] if x.target in _RESHAPES else x
     assert isinstance(root, fx.Node)
-    if _shape(root) == _shape(node) and root.op != "placeholder":
+    if node_shape(root) == node_shape(node) and root.op != "placeholder":
         return root
     if root is x and node.target is aten.reshape.default:
         return None
-    return edit.emit(aten.reshape.default, root, list(_shape(node)))
+    return edit.emit(aten.reshape.default, root, list(node_shape(node)))
 
 
 def _move_up(edit: Edit, node: fx.Node) -> fx.Node | None:
@@ -66,11 +66,11 @@ def _move_up(edit: Edit, node: fx.Node) -> fx.Node | None:
         return None
     tensors = [item for item in node.args if isinstance(item, fx.Node)]
     reshaped = [item for item in tensors if item.target in _RESHAPES]
-    shapes = {(_shape(item.args[0]), _shape(item)) for item in reshaped}  # type: ignore[arg-type]
+    shapes = {(node_shape(item.args[0]), node_shape(item)) for item in reshaped}  # type: ignore[arg-type]
     if len(shapes) != 1:
         return None
     ((before, after),) = shapes
-    if after != _shape(node):
+    if after != node_shape(node):
         return None
     arguments: list[object] = list(node.args)
     for position, item in enumerate(node.args):
@@ -79,7 +79,7 @@ def _move_up(edit: Edit, node: fx.Node) -> fx.Node | None:
         if item in reshaped:
             arguments[position] = item.args[0]
             continue
-        shape = _regroup(_shape(item), after, before) if edit.is_static(item) else None
+        shape = _regroup(node_shape(item), after, before) if edit.is_static(item) else None
         if shape is None:
             return None
         arguments[position] = item if not shape else edit.emit(aten.reshape.default, item, shape)
@@ -117,7 +117,3 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[list[int], list[in
                 j += 1
         groups.append((left, right))
     return groups
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)

@@ -4,7 +4,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from mobilemix.passes.base import Pass, PassResult, arguments
+from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.elementwise import UNARY, is_elementwise
 
@@ -28,7 +28,7 @@ class MergeSlices(Pass):
                 _merge_elementwise(edit, node)
             elif node.target is aten.cat.default:
                 whole = _whole(arguments(node)["tensors"])
-                if whole is not None and _shape(whole) == _shape(node):
+                if whole is not None and node_shape(whole) == node_shape(node):
                     edit.replace(node, whole)
         return edit.finish()
 
@@ -61,10 +61,6 @@ def _whole(parts: list[fx.Node]) -> fx.Node | None:
     source, axis = cuts[0]["self"], cuts[0]["dim"]
     if any(cut["self"] is not source or cut["dim"] != axis or cut["step"] != 1 for cut in cuts):
         return None
-    size = _shape(source)[axis]
+    size = node_shape(source)[axis]
     stops = [0, *(min(cut["end"], size) for cut in cuts)]
     return source if stops[-1] == size and [cut["start"] for cut in cuts] == stops[:-1] else None
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)

@@ -7,10 +7,10 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import mobilemix.ops  # noqa: F401, registers linear_scan
-from mobilemix.passes.base import Pass, PassResult
+from mobilemix.passes.base import Pass, PassResult, node_shape
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.reroll_loops import assignments, readouts, recurrences
-from mobilemix.passes.reroll_loops.lanes import Lanes, shape
+from mobilemix.passes.reroll_loops.lanes import Lanes
 from mobilemix.passes.reroll_loops.recurrences import Recurrence
 
 aten = torch.ops.aten
@@ -114,5 +114,5 @@ def _forget_shapes(edit: Edit) -> None:
         if node.target in _FILLED:
             with edit.at(node):
                 dtype = node.meta["val"].dtype
-                value = edit.emit(aten.full.default, list(shape(node)), _FILLED[node.target], dtype=dtype)
+                value = edit.emit(aten.full.default, list(node_shape(node)), _FILLED[node.target], dtype=dtype)
             node.replace_all_uses_with(value)

@@ -5,10 +5,9 @@ import dataclasses
 import torch
 from torch import fx
 
-from mobilemix.passes.base import arguments
+from mobilemix.passes.base import arguments, node_shape
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.reroll_loops.cuts import cut
-from mobilemix.passes.reroll_loops.lanes import shape
 
 aten = torch.ops.aten
 
@@ -30,8 +29,8 @@ def assignment(node: fx.Node) -> Assignment | None:
         return None
     values = arguments(node)
     whole, part = values["self"], values["src"]
-    axis = values["dim"] % len(shape(node))
-    size = shape(node)[axis]
+    axis = values["dim"] % len(node_shape(node))
+    size = node_shape(node)[axis]
     if node.target is aten.select_scatter.default:
         start, stop, step = values["index"] % size, values["index"] % size + 1, 1
     else:
@@ -45,7 +44,7 @@ def forward(edit: Edit) -> None:
     """Let what was assigned be read from there, not from the tensor; this does not count as a change."""
     for node in edit.graph.find_nodes(op="call_function", target=aten.copy.default):
         value: fx.Node = arguments(node)["src"]
-        if shape(value) == shape(node) and value.meta["val"].dtype == node.meta["val"].dtype:
+        if node_shape(value) == node_shape(node) and value.meta["val"].dtype == node.meta["val"].dtype:
             node.replace_all_uses_with(value)
             edit.graph.erase_node(node)
     known: dict[fx.Node, Assignment | None] = {}
@@ -63,7 +62,7 @@ def _assigned(edit: Edit, known: dict[fx.Node, Assignment | None], node: fx.Node
     here, stop = part.source, part.start + (part.size or 1)
     while (found := known.get(here)) is not None and found.axis == part.axis:
         if found.start < stop and part.start < found.stop:
-            same = (found.start, found.stop, shape(found.part)) == (part.start, stop, shape(node))
+            same = (found.start, found.stop, node_shape(found.part)) == (part.start, stop, node_shape(node))
             return found.part if same else None
         here = found.whole
     if here is part.source:

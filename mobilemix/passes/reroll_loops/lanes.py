@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from mobilemix.passes.base import node_shape
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.reroll_loops.batching import batch
 from mobilemix.passes.reroll_loops.cuts import Cut, cut
@@ -39,7 +40,7 @@ class Rolled:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one step."""
-        return shape(self.node)[self.timed :]
+        return node_shape(self.node)[self.timed :]
 
 
 class Lanes:
@@ -129,7 +130,7 @@ class Lanes:
             cuts = [cut(node) for node in lane]
             rolled = self._part(lane, cuts, depth) if cuts[0] is not None else self._call(lane, depth)
         value, expected = rolled.node.meta["val"], lane[0].meta["val"]
-        if rolled.shape != shape(lane[0]) or value.dtype != expected.dtype:
+        if rolled.shape != node_shape(lane[0]) or value.dtype != expected.dtype:
             raise Refusal(f"{lane[0].target} has another shape or dtype over time")
         return rolled
 
@@ -145,7 +146,7 @@ class Lanes:
             raise Refusal("not all are states", next(i for i, p in enumerate(places) if (p is not None) != inside))
         if -1 in places:
             assert initial is not None
-            first = self.emit(lane[0], aten.expand.default, initial, list(shape(states)[1:]))
+            first = self.emit(lane[0], aten.expand.default, initial, list(node_shape(states)[1:]))
             first = self.emit(lane[0], aten.unsqueeze.default, first, 0)
             states = self.emit(lane[0], aten.cat.default, [first, states])
             places = [place + 1 for place in places if place is not None]
@@ -173,12 +174,12 @@ class Lanes:
             low = min(starts[0], starts[-1])
             check_same("parts", [start - position * stride for position, start in enumerate(starts)])
             whole = self._slice(lane[0], whole, axis, low, low + len(lane) * size, 1)
-            sizes = [*shape(whole)[:axis], len(lane), size, *shape(whole)[axis + 1 :]]
+            sizes = [*node_shape(whole)[:axis], len(lane), size, *node_shape(whole)[axis + 1 :]]
             whole = self.emit(lane[0], aten.reshape.default, whole, sizes)
             starts = [(start - low) // size for start in starts]
         taken = self._take(lane[0], whole, axis, starts)
         if axis:
-            rest = [i for i in range(len(shape(taken))) if i != axis]
+            rest = [i for i in range(len(node_shape(taken))) if i != axis]
             taken = self.emit(lane[0], aten.permute.default, taken, [axis, *rest])
         if first.size == 1:
             taken = self.emit(lane[0], aten.unsqueeze.default, taken, axis + 1)
@@ -195,7 +196,7 @@ class Lanes:
         return taken if stride > 0 else self.emit(origin, aten.flip.default, taken, [axis])
 
     def _slice(self, origin: fx.Node, whole: fx.Node, axis: int, low: int, high: int, step: int) -> fx.Node:
-        if (low, high, step) == (0, shape(whole)[axis], 1):
+        if (low, high, step) == (0, node_shape(whole)[axis], 1):
             return whole
         return self.emit(origin, aten.slice.Tensor, whole, axis, low, high, step)
 
@@ -239,11 +240,6 @@ def check_same(what: str, values: Iterable[object]) -> None:
     for step, value in enumerate(others, start=1):
         if value != first:
             raise Refusal(f"different {what}: {first} and {value}", step)
-
-
-def shape(node: fx.Node) -> tuple[int, ...]:
-    """Of the value of a node."""
-    return tuple(node.meta["val"].shape)
 
 
 def _is_rolled(item: object) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from mobilemix.passes.base import arguments, source
+from mobilemix.passes.base import arguments, node_shape, source
 from mobilemix.passes.reroll_loops.assignments import Assignment, assignment
-from mobilemix.passes.reroll_loops.lanes import Lane, Lanes, Refusal, Rolled, shape
+from mobilemix.passes.reroll_loops.lanes import Lane, Lanes, Refusal, Rolled
 from mobilemix.passes.reroll_loops.recurrences import FEWEST_STEPS, SHORT_PIECES
 
 aten = torch.ops.aten
@@ -38,7 +38,8 @@ class Readout:
             return None
         joined = [self._along_axis(lanes, piece) for piece in pieces]
         if self.base is not None:
-            size, stop = shape(self.node)[self.axis], self.start + sum(shape(item)[self.axis] for item in joined)
+            size = node_shape(self.node)[self.axis]
+            stop = self.start + sum(node_shape(item)[self.axis] for item in joined)
             if self.start:
                 joined.insert(0, lanes.emit(self.node, aten.slice.Tensor, self.base, self.axis, 0, self.start))
             if stop < size:
@@ -51,7 +52,7 @@ class Readout:
         whole = lanes.to_axis(self.node, piece, self.axis)
         if self.stacked:
             return whole
-        sizes = shape(whole)
+        sizes = node_shape(whole)
         merged = [*sizes[: self.axis], sizes[self.axis] * sizes[self.axis + 1], *sizes[self.axis + 2 :]]
         return lanes.emit(self.node, aten.reshape.default, whole, merged)
 
@@ -62,7 +63,7 @@ def find(lanes: Lanes) -> Iterator[Readout]:
     for node in lanes.order:
         if node.target is aten.stack.default:
             values = arguments(node)
-            parts, axis = values["tensors"], values["dim"] % len(shape(node))
+            parts, axis = values["tensors"], values["dim"] % len(node_shape(node))
             readout = Readout(node, axis, tuple(parts), True)
         elif node.target is aten.cat.default:
             readout = _concatenation(node)
@@ -104,7 +105,7 @@ def _concatenation(node: fx.Node) -> Readout | None:
     while here.target is aten.cat.default and _axis(here) == axis:
         parts += reversed(arguments(here)["tensors"][1:])
         here = _first(here)
-    return Readout(node, axis, tuple(part for part in reversed([*parts, here]) if shape(part) != (0,)), False)
+    return Readout(node, axis, tuple(part for part in reversed([*parts, here]) if node_shape(part) != (0,)), False)
 
 
 def _assignments(node: fx.Node) -> Readout | None:
@@ -114,7 +115,7 @@ def _assignments(node: fx.Node) -> Readout | None:
         return None
     parts: dict[int, tuple[int, fx.Node]] = {}
     here: Assignment | None = last
-    while here is not None and here.axis == last.axis and len(shape(here.part)) == len(shape(last.part)):
+    while here is not None and here.axis == last.axis and len(node_shape(here.part)) == len(node_shape(last.part)):
         parts.setdefault(here.start, (here.stop, here.part))  # the last assignment counts
         base = here.whole
         here = assignment(base)
@@ -122,7 +123,7 @@ def _assignments(node: fx.Node) -> Readout | None:
     stops = [parts[start][0] for start in starts]
     if stops[:-1] != starts[1:]:
         return None
-    stacked = len(shape(last.part)) < len(shape(node))
+    stacked = len(node_shape(last.part)) < len(node_shape(node))
     return Readout(node, last.axis, tuple(parts[start][1] for start in starts), stacked, base, starts[0])
 
 
@@ -132,7 +133,7 @@ def _continues(node: fx.Node, whole: fx.Node, axis: int) -> bool:
 
 
 def _axis(node: fx.Node) -> int:
-    return int(arguments(node)["dim"]) % len(shape(node))
+    return int(arguments(node)["dim"]) % len(node_shape(node))
 
 
 def _first(node: fx.Node) -> fx.Node:

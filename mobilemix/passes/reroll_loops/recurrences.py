@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mobilemix.passes.base import source
-from mobilemix.passes.reroll_loops.lanes import Lane, Lanes, Refusal, check_same, shape
+from mobilemix.passes.base import node_shape, source
+from mobilemix.passes.reroll_loops.lanes import Lane, Lanes, Refusal, check_same
 from mobilemix.passes.reroll_loops.lines import OPERATORS, Line, Lines, Value
 
 aten = torch.ops.aten
@@ -150,7 +150,7 @@ def _follow(node: fx.Node, path: Path) -> Chain:
 
 
 def _is_alike(a: fx.Node, b: fx.Node) -> bool:
-    return shape(a) == shape(b) and bool(a.meta["val"].dtype == b.meta["val"].dtype)
+    return node_shape(a) == node_shape(b) and bool(a.meta["val"].dtype == b.meta["val"].dtype)
 
 
 class _Body:
@@ -175,7 +175,7 @@ class _Body:
             Refusal: the chain is not one.
         """
         lanes, states = self._lanes, self._chain.states
-        sizes, dtype = [len(states), *shape(states[0])], states[0].meta["val"].dtype
+        sizes, dtype = [len(states), *node_shape(states[0])], states[0].meta["val"].dtype
         line = self._line(states)
         b, initial = self._over_time(line.offset, sizes), self._initial(dtype)
         emit = functools.partial(lanes.emit, self._origin)
@@ -187,7 +187,7 @@ class _Body:
             a = self._over_time(line.slope, [len(states), *[1] * (len(sizes) - 1)])
             found = emit(torch.ops.mobilemix.linear_scan.default, a, b, initial)
             last = emit(aten.select.int, found, 0, len(states) - 1)
-        if list(shape(found)) != sizes or found.meta["val"].dtype != dtype:
+        if list(node_shape(found)) != sizes or found.meta["val"].dtype != dtype:
             raise Refusal("the state changes its shape or dtype")
         if lanes.place[found] >= lanes.place[states[0]]:
             raise Refusal("it needs what is computed from its own states")
@@ -222,7 +222,9 @@ class _Body:
             node = self._lanes.emit(self._origin, aten.reshape.default, node, full)
         wanted = [max(pair) for pair in zip(sizes, full, strict=True)]
         return (
-            node if list(shape(node)) == wanted else self._lanes.emit(self._origin, aten.expand.default, node, wanted)
+            node
+            if list(node_shape(node)) == wanted
+            else self._lanes.emit(self._origin, aten.expand.default, node, wanted)
         )
 
     def _initial(self, dtype: torch.dtype) -> fx.Node | None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxscript import opset18 as op
 from torch import fx
 
-from mobilemix.passes.base import arguments
+from mobilemix.passes.base import arguments, node_shape
 
 LEAST_STATES = 2048
 """Elements of the state from which `Scan` is at least as fast as plain operators; at 1536 they are faster."""
@@ -26,7 +26,7 @@ LEAST_STEPS = 32
 def is_faster(node: fx.Node) -> bool:
     """Whether a scan of the program should be a `Scan` rather than plain operators."""
     values = arguments(node)
-    shapes = {name: tuple(item.meta["val"].shape) for name, item in values.items() if isinstance(item, fx.Node)}
+    shapes = {name: node_shape(item) for name, item in values.items() if isinstance(item, fx.Node)}
     if "u" in shapes:
         batch, channels, length = shapes["u"]
         states = batch * channels * shapes["A"][1]
