@@ -1,5 +1,11 @@
-"""Rewrites for LiteRT alone: forms that XNNPACK runs faster, or that its converter takes."""
+"""Rewrites for LiteRT alone: the forms that XNNPACK, its CPU back end, runs fastest."""
 
-from mobilemix.passes import Pass
+from mobilemix.passes.base import Pass
+from mobilemix.targets.litert.passes.split_depthwise import SplitDepthwise
 
-PASSES: tuple[Pass, ...] = ()
+__all__ = ["PASSES"]
+
+PASSES: tuple[Pass, ...] = (
+    # XNNPACK has kernels for filters of up to 25 taps; what is larger takes a slow path.
+    SplitDepthwise(),
+)
