@@ -27,7 +27,7 @@ from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
 from mobilemix.shims import TRITON, shim
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import AUTOMATIC, Source, load_source
-from mobilemix.targets import find_target
+from mobilemix.targets import find_target, require
 from mobilemix.targets.base import Check, Inputs, Lowered, Target
 
 NOISE_SAMPLES = 2
@@ -118,6 +118,7 @@ def export(
     if isinstance(options.get("shim"), str):
         options["shim"] = (options["shim"],)
     recipe = Recipe(model=type(model).__name__ if module is not None else str(model), **options)
+    require(recipe.target)
     return deploy(prepare(recipe, module=module, listener=listener), recipe, Path(output), listener=listener)
 
 
@@ -167,6 +168,7 @@ def capture_source(source: Source) -> ExportedProgram:
 
 def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listener = _silent) -> Export:
     """Compile a prepared model for the recipe's target, verify the file and write its manifest; raises as `export`."""
+    require(recipe.target)
     target = find_target(recipe.target)
     recipe = _resolve(recipe, target, prepared)
     stages = _Stages(listener)
@@ -224,6 +226,7 @@ def verify(
         raise InputError(f"there is no artifact {artifact}")
     manifest = read_manifest(artifact)
     recipe = manifest.recipe
+    require(recipe.target)
     module = model if isinstance(model, nn.Module) else None
     if isinstance(model, str):
         recipe = dataclasses.replace(recipe, model=model)

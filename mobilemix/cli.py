@@ -20,6 +20,7 @@ from mobilemix import __version__
 from mobilemix.errors import InputError, MobilemixError, UnknownNameError
 from mobilemix.recipe import DEFAULT_MODEL, INPUT_DTYPES, INPUT_KINDS, PRECISIONS, Recipe, load_recipe
 from mobilemix.shims import SHIMS
+from mobilemix.targets import require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +65,7 @@ def export(
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("-t", "--target", help="coreml or onnx; repeat it, or give a comma list; coreml if left out."),
+        typer.Option("-t", "--target", help="coreml, onnx or litert; repeat it, or give a comma list; coreml if left out."),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts.")] = Path(),
     weights: Weights = None,
@@ -108,6 +109,9 @@ def export(
     targets = [name.strip() for item in target or [base.target] for name in item.split(",")]
     recipes = [dataclasses.replace(base, target=name, **given) for name in dict.fromkeys(targets)]
 
+    for each in recipes:
+        require(each.target)
+
     from mobilemix import api
 
     with _progress("Exporting") as listener:
@@ -128,7 +132,7 @@ def export(
 
 @app.command()
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="A .mlpackage or .onnx with its manifest beside it.")],
+    artifact: Annotated[Path, typer.Argument(help="A .mlpackage, .onnx or .tflite with its manifest beside it.")],
     model: Annotated[str | None, typer.Option(help="The source to compare with; the manifest's if left out.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Its checkpoint; the manifest's if left out.")] = None,
     json: Json = False,

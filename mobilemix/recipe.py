@@ -14,7 +14,7 @@ from mobilemix.shims import SHIMS
 from mobilemix.targets import TARGETS
 
 DEFAULT_MODEL = "affnet_et_flowers"
-Precision = Literal["fp16", "fp32"]
+Precision = Literal["fp16", "fp32", "int8"]
 InputKind = Literal["image", "tensor"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
@@ -31,7 +31,7 @@ class Recipe:
         model: a registry name, or `path/to/file.py:factory`, or `package.module:factory`.
         weights: a safetensors or torch checkpoint; None keeps the model's own weights.
         target: a name in `mobilemix.targets.TARGETS`.
-        precision: "fp16" or "fp32"; None is the target's default.
+        precision: "fp16", "fp32" or "int8"; None is the target's default.
         input: "image" (Core ML ImageType with the normalisation folded in) or "tensor"; None is an image where the
             target and the model have one.
         input_shapes: shape of each input, (batch, channels, height, width) for the shipped models; empty is the

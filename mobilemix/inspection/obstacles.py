@@ -6,6 +6,7 @@ Writing into a tensor is no obstacle to any of them: `run_decompositions`, which
 
 import abc
 import functools
+import importlib.metadata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
@@ -26,6 +27,7 @@ from mobilemix.inspection.costs import calls, operator_name
 from mobilemix.inspection.report import Obstacle
 from mobilemix.passes.base import source
 from mobilemix.targets.coreml import readers
+from mobilemix.targets.litert.quiet import load_converter
 from mobilemix.targets.onnx.translate import silence
 from mobilemix.targets.onnx.translations import TRANSLATIONS
 
@@ -151,8 +153,30 @@ class OwnCoreML(StockCoreML):
     _find = staticmethod(readers.reader)
 
 
+class LiteRT(Exporter):
+    """litert-torch as it comes; mobilemix's own target has no lowerings besides."""
+
+    def __init__(self) -> None:
+        """Read litert-torch's registry."""
+        super().__init__()
+        load_converter()
+        from litert_torch import fx_infra
+        from litert_torch.backend.lowerings import registry
+
+        self.name = f"litert-torch {importlib.metadata.version('litert-torch')}"
+        self._table, self._lookup = fx_infra.decomp.pre_lower_decomp(), registry.lookup
+
+    def _judge(self, node: fx.Node) -> Iterator[tuple[str, str]]:
+        for part in decomposed(node, self._table):
+            if self._lookup(part.target) is None:
+                yield "litert-torch", f"no lowering of {_phrase(part)}"
+            elif _is_complex(part):
+                yield "LiteRT", "its operators take no complex values"
+
+
 EXPORTERS: Mapping[str, tuple[type[Exporter], type[Exporter]]] = {
     "coreml": (StockCoreML, OwnCoreML),
+    "litert": (LiteRT, LiteRT),
     "onnx": (StockOnnx, OwnOnnx),
 }
 """For each target its stock exporter and ours."""

@@ -34,7 +34,7 @@ class LiteRTTarget:
         """Open in LiteRT's interpreter; raises as `LiteRTRunner` does."""
         from mobilemix.targets.litert.runtime import LiteRTRunner
 
-        return LiteRTRunner(path)
+        return LiteRTRunner.from_file(path)
 
     def checks(self, lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
         """The file needs nothing but builtin operators, and holds the weights that it should; see `checks`."""

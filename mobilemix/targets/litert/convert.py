@@ -1,0 +1,138 @@
+"""Lowered program → `.tflite` file: convert with litert-torch, name, make smaller, describe, write."""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from mobilemix.calibration import calibration
+from mobilemix.errors import TargetError, UnsupportedOpError
+from mobilemix.passes.base import source
+from mobilemix.recipe import Recipe
+from mobilemix.targets.base import Lowered
+from mobilemix.targets.litert import flatbuffer, metadata
+from mobilemix.targets.litert.flatbuffer import Model
+from mobilemix.targets.litert.quantize import to_half, to_int8
+from mobilemix.targets.litert.quiet import load_converter, quiet, silent
+from mobilemix.targets.litert.runtime import SIGNATURE, first_line
+
+_MISSING = re.compile(r"Lowering not found: (\S+)")
+
+
+def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+    """Write `lowered` as a LiteRT model; the same program and recipe give the same bytes.
+
+    Raises:
+        UnsupportedOpError: an operator that LiteRT has none for.
+        TargetError: litert-torch refused the graph.
+        InputError: int8 for a model that there is nothing to calibrate on.
+    """
+    # First: what cannot be calibrated should not cost a conversion.
+    samples = calibration(lowered) if recipe.precision == "int8" else []
+    content = float_build(lowered.program, lowered.input_names, lowered.output_names)
+    if samples:
+        content = to_int8(content, samples)
+    model = flatbuffer.parse(content)
+    if recipe.precision == "fp16":
+        to_half(model)
+    metadata.describe(model, lowered)
+    destination.write_bytes(metadata.with_labels(flatbuffer.pack(model), lowered.labels))
+
+
+@functools.lru_cache(maxsize=1)  # the checks of a file want what it was made from
+def float_build(program: ExportedProgram, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> bytes:
+    """The program as a float32 model without metadata; raises as `write` does."""
+    load_converter()
+    try:
+        with quiet():
+            content = _convert(program, input_names, output_names)
+    except Exception as error:
+        if missing := _MISSING.search(str(error)):
+            raise UnsupportedOpError(_describe_missing(program, missing[1])) from error
+        raise TargetError(f"litert-torch cannot convert the graph: {first_line(error)}") from error
+    model = flatbuffer.parse(content)
+    _name_values(model, program)
+    return flatbuffer.pack(model)
+
+
+def _convert(program: ExportedProgram, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> bytes:
+    """What `litert_torch.convert` does, but from a program on: it would capture the program's module once more."""
+    from litert_converter.mlir import passmanager
+    from litert_converter.mlir._mlir_libs import converter_api_ext as converter
+    from litert_torch import backend, fx_infra
+    from litert_torch._convert import core
+    from litert_torch.backend.inline_consts import InlineConstsContext
+
+    decompositions = fx_infra.decomp.pre_convert_decomp()
+    with _labelled(program):
+        program = fx_infra.safe_run_decompositions(program, decompositions, can_skip=False)
+    program = core._run_convert_passes(program)
+    context = backend.export_utils.create_ir_context()
+    lowered = backend.export.exported_program_to_mlir(
+        program, ir_context=context, lowering_context_plugins=[InlineConstsContext(enable_resource_constants=False)]
+    )
+    converter.set_signature(
+        lowered.module.operation,
+        signature_name=SIGNATURE,
+        input_names=list(input_names),
+        output_names=list(output_names),
+    )
+    module = converter.merge_modules([lowered.module])
+    config = converter.ConvertToTFLConfig()
+    config.model_origin_framework = "PYTORCH"
+    config.canonicalizing_inf_as_min_max_float = False  # masks are infinite, and stay so
+    config.enable_x64 = False  # kernels of phones have 32-bit integers
+    with context, silent():
+        converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
+        return bytes(converter.export_flatbuffer_to_bytes(module.operation))
+
+
+@contextlib.contextmanager
+def _labelled(program: ExportedProgram) -> Iterator[ExportedProgram]:
+    """The program with each node in a module of its own name, after which the converter names its values."""
+    stacks = {node: node.meta.get("nn_module_stack") for node in program.graph.nodes}
+    try:
+        for node in stacks:
+            node.meta["nn_module_stack"] = {"": ("", node.name)}
+        yield program
+    finally:
+        for node, stack in stacks.items():
+            if stack is None:
+                del node.meta["nn_module_stack"]
+            else:
+                node.meta["nn_module_stack"] = stack
+
+
+def _describe_missing(program: ExportedProgram, name: str) -> str:
+    """Name the operator and the line that asks for it, which is found where torch decomposes nothing on the way."""
+    from litert_torch import fx_infra
+
+    with quiet():
+        decomposed = program.run_decompositions(fx_infra.decomp.pre_lower_decomp())
+    places = [source(node) for node in decomposed.graph.nodes if str(node.target) == name]
+    place = f" at {places[0]}" if places else ""
+    return f"LiteRT has no form of {name}{place}; write it with other operators"
+
+
+def _name_values(model: Model, program: ExportedProgram) -> None:
+    """Give values the names of the nodes that they are, which the converter puts in front of a number.
+
+    Of several values that stand for one node the last that has its shape is it; others keep the number.
+    """
+    shapes = {
+        node.name: tuple(node.meta["val"].shape)
+        for node in program.graph.nodes
+        if isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    graph = model.subgraphs[0]
+    last: dict[str, int] = {}
+    for index in (int(output) for each in graph.operators for output in each.outputs):
+        name = flatbuffer.text(graph.tensors[index].name).split(";")[0]
+        if shapes.get(name) == flatbuffer.shape(graph.tensors[index]):
+            last[name] = index
+    for name, index in last.items():
+        graph.tensors[index].name = name.encode()

@@ -1,0 +1,126 @@
+"""Smaller numbers: a float32 LiteRT model as the float16 or the int8 one."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from mobilemix.targets.base import Array, Inputs
+from mobilemix.targets.litert import flatbuffer
+from mobilemix.targets.litert.flatbuffer import Model
+from mobilemix.targets.litert.quiet import quiet
+from mobilemix.targets.litert.runtime import SIGNATURE, LiteRTRunner
+
+HALF_SUFFIX = "_float16"
+"""Of the names of tensors that hold the rounded numbers of another."""
+
+SMALLEST_HALF = 32
+"""Elements below which a constant stays float32: an operator that widens it would be larger than what it saves."""
+
+LARGEST_HALF = 65504.0
+
+
+def to_half(model: Model) -> None:
+    """Store float32 constants as float16, each with a DEQUANTIZE in front of who reads it.
+
+    This is LiteRT's float16 form: CPUs widen the weights once, when they load the model, and compute in float32; GPUs
+    and others that have float16 kernels drop the operator and compute in float16. A constant that float16 cannot hold
+    stays as it is.
+    """
+    graph = model.subgraphs[0]
+    widened = []
+    for index, (tensor, value) in _constants(model):
+        if value.size < SMALLEST_HALF or np.abs(value[np.isfinite(value)]).max(initial=0) > LARGEST_HALF:
+            continue
+        half = schema.TensorT(
+            shape=tensor.shape,
+            type=schema.TensorType.FLOAT16,
+            buffer=len(model.buffers),
+            name=tensor.name + HALF_SUFFIX.encode(),
+            hasRank=tensor.hasRank,
+        )
+        model.buffers.append(schema.BufferT(data=value.astype(np.float16).reshape(-1).view(np.uint8)))
+        tensor.buffer = 0
+        widened.append(
+            schema.OperatorT(opcodeIndex=len(model.operatorCodes), inputs=[len(graph.tensors)], outputs=[index])
+        )
+        graph.tensors.append(half)
+    if widened:
+        code = schema.BuiltinOperator.DEQUANTIZE
+        model.operatorCodes.append(schema.OperatorCodeT(deprecatedBuiltinCode=code, builtinCode=code, version=3))
+        graph.operators = widened + graph.operators
+    _drop_unused_buffers(model)
+
+
+def to_int8(content: bytes, samples: Sequence[Inputs]) -> bytes:
+    """Quantise weights and activations to 8 bits, weights symmetrically by channel; inputs and outputs stay float32.
+
+    Activations keep the whole range that the samples show. (ai-edge-quantizer's own calibration averages the ranges of
+    the samples, which clips: on the trained flowers classifier it agrees with float32 on 88% of the pictures, this on
+    96%.)
+
+    Args:
+        content: a float32 model.
+        samples: typical inputs.
+    """
+    with quiet():
+        from ai_edge_quantizer import qtyping
+        from ai_edge_quantizer.algorithm_manager import AlgorithmName
+        from ai_edge_quantizer.quantizer import Quantizer
+
+        quantizer = Quantizer(bytearray(content))
+        operations = qtyping.TFLOperationName
+        quantizer.add_static_config(".*", operations.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
+        for boundary in (operations.INPUT, operations.OUTPUT):
+            quantizer.update_quantization_recipe(".*", boundary, algorithm_key=AlgorithmName.NO_QUANTIZE)
+        result = quantizer.quantize(
+            ranges(content, samples), enable_progress_bar=False, enable_progress_report=False
+        ).quantized_model
+    assert result is not None
+    return bytes(result)
+
+
+def ranges(content: bytes, samples: Sequence[Inputs]) -> dict[str, dict[str, Array]]:
+    """Smallest and largest number that each tensor of a float32 model holds over the samples, as arrays of its rank."""
+    runner = LiteRTRunner(content)
+    graph = runner.model.subgraphs[0]
+    found: dict[str, dict[str, Array]] = {}
+
+    def see(name: str, value: Array) -> None:
+        if value.size:
+            low, high = value.min(keepdims=True), value.max(keepdims=True)
+            seen = found.setdefault(name, {"min": low, "max": high})
+            seen["min"], seen["max"] = np.minimum(seen["min"], low), np.maximum(seen["max"], high)
+
+    for _, (tensor, value) in _constants(runner.model):
+        see(flatbuffer.text(tensor.name), value)
+    (signature,) = (each for each in runner.model.signatureDefs if flatbuffer.text(each.signatureKey) == SIGNATURE)
+    inputs = {
+        flatbuffer.text(each.name): flatbuffer.text(graph.tensors[each.tensorIndex].name) for each in signature.inputs
+    }
+    for sample in samples:
+        for name, value in sample.items():
+            see(inputs[name], value)
+        for name, value in runner.values(sample):
+            see(name, value)
+    return found
+
+
+def _constants(model: Model) -> Iterator[tuple[int, tuple[Any, Array]]]:
+    """Float32 tensors that the file holds."""
+    graph = model.subgraphs[0]
+    for index in range(len(graph.tensors)):
+        tensor = graph.tensors[index]
+        if flatbuffer.dtype(tensor) == "float32" and (value := flatbuffer.constant(model, tensor)) is not None:
+            yield index, (tensor, value)
+
+
+def _drop_unused_buffers(model: Model) -> None:
+    """Leave out what nothing refers to any more; buffer 0 stays, the empty one of every file."""
+    users = [tensor for graph in model.subgraphs for tensor in graph.tensors] + list(model.metadata or [])
+    used = sorted({0, *(user.buffer for user in users)})
+    moved = {old: new for new, old in enumerate(used)}
+    for user in users:
+        user.buffer = moved[user.buffer]
+    model.buffers = [model.buffers[index] for index in used]
