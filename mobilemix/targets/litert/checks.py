@@ -28,7 +28,9 @@ def run(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs])
     if recipe.precision in ("fp16", "int8"):
         twin = LiteRTRunner(float_build(lowered.program, lowered.input_names, lowered.output_names))
         found.append(_twin(lowered, twin, samples))
-        found += halves(twin, runner.model, samples) if recipe.precision == "fp16" else [integers(twin.model, runner.model)]
+        found += (
+            halves(twin, runner.model, samples) if recipe.precision == "fp16" else [integers(twin.model, runner.model)]
+        )
     return found
 
 
@@ -44,7 +46,9 @@ def delegated(runner: LiteRTRunner) -> Check:
     """How many operators XNNPACK runs; a fact about speed that no file fails by."""
     left, total = Counter(runner.left_to_litert()), len(runner.model.subgraphs[0].operators)
     others = ", ".join(f"{count} {name}" for name, count in left.most_common())
-    return Check("XNNPACK", True, f"runs {total - left.total()} of {total} operators" + (f"; LiteRT {others}" if left else ""))
+    return Check(
+        "XNNPACK", True, f"runs {total - left.total()} of {total} operators" + (f"; LiteRT {others}" if left else "")
+    )
 
 
 def halves(twin: LiteRTRunner, model: Model, samples: Sequence[Inputs]) -> list[Check]:
@@ -56,7 +60,11 @@ def halves(twin: LiteRTRunner, model: Model, samples: Sequence[Inputs]) -> list[
     peaks = [(_peak(value), name) for sample in samples for name, value in twin.values(sample)]
     peak, where = max(peaks, default=(0.0, "no value"))
     return [
-        Check("float16 file is the twin, rounded", difference is None, difference or "operator for operator, weight for weight"),
+        Check(
+            "float16 file is the twin, rounded",
+            difference is None,
+            difference or "operator for operator, weight for weight",
+        ),
         Check("float16 range", peak <= LARGEST_HALF, f"largest magnitude {peak:.3g} of {LARGEST_HALF:.0f}, {where}"),
     ]
 
@@ -97,7 +105,11 @@ def integers(full: Model, quantised: Model) -> Check:
         count += 1
         if error > worst:
             worst, where = error, name
-    return Check("weights within half a step", count > 0 and worst <= 0.5 + 1e-3, f"{count} weights, worst {worst:.3f} steps, {where}")
+    return Check(
+        "weights within half a step",
+        count > 0 and worst <= 0.5 + 1e-3,
+        f"{count} weights, worst {worst:.3f} steps, {where}",
+    )
 
 
 def _twin(lowered: Lowered, twin: LiteRTRunner, samples: Sequence[Inputs]) -> Check:
@@ -107,7 +119,9 @@ def _twin(lowered: Lowered, twin: LiteRTRunner, samples: Sequence[Inputs]) -> Ch
         for value, expected in zip(_ordered(twin.run(sample), lowered), _evaluate(lowered, sample), strict=True)
     ]
     worst = float(np.max(errors, initial=0))
-    return Check("float32 twin against PyTorch", worst <= TWIN_TOLERANCE, f"relative L2 {worst:.1e} of {TWIN_TOLERANCE:.0e}")
+    return Check(
+        "float32 twin against PyTorch", worst <= TWIN_TOLERANCE, f"relative L2 {worst:.1e} of {TWIN_TOLERANCE:.0e}"
+    )
 
 
 def _evaluate(lowered: Lowered, sample: Inputs) -> list[Array]:

@@ -1,9 +1,7 @@
 """Lowered program → `.tflite` file: convert with litert-torch, name, make smaller, describe, write."""
 
-import contextlib
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +15,8 @@ from mobilemix.targets.base import Lowered
 from mobilemix.targets.litert import flatbuffer, metadata
 from mobilemix.targets.litert.flatbuffer import Model
 from mobilemix.targets.litert.quantize import to_half, to_int8
-from mobilemix.targets.litert.quiet import load_converter, quiet, silent
-from mobilemix.targets.litert.runtime import SIGNATURE, first_line
+from mobilemix.targets.litert.quiet import load_converter, quiet
+from mobilemix.targets.litert.runtime import first_line
 
 _MISSING = re.compile(r"Lowering not found: (\S+)")
 
@@ -47,9 +45,11 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
 def float_build(program: ExportedProgram, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> bytes:
     """The program as a float32 model without metadata; raises as `write` does."""
     load_converter()
+    from mobilemix.targets.litert.converter import to_flatbuffer
+
     try:
         with quiet():
-            content = _convert(program, input_names, output_names)
+            content = to_flatbuffer(program, input_names, output_names)
     except Exception as error:
         if missing := _MISSING.search(str(error)):
             raise UnsupportedOpError(_describe_missing(program, missing[1])) from error
@@ -57,54 +57,6 @@ def float_build(program: ExportedProgram, input_names: tuple[str, ...], output_n
     model = flatbuffer.parse(content)
     _name_values(model, program)
     return flatbuffer.pack(model)
-
-
-def _convert(program: ExportedProgram, input_names: tuple[str, ...], output_names: tuple[str, ...]) -> bytes:
-    """What `litert_torch.convert` does, but from a program on: it would capture the program's module once more."""
-    from litert_converter.mlir import passmanager
-    from litert_converter.mlir._mlir_libs import converter_api_ext as converter
-    from litert_torch import backend, fx_infra
-    from litert_torch._convert import core
-    from litert_torch.backend.inline_consts import InlineConstsContext
-
-    decompositions = fx_infra.decomp.pre_convert_decomp()
-    with _labelled(program):
-        program = fx_infra.safe_run_decompositions(program, decompositions, can_skip=False)
-    program = core._run_convert_passes(program)
-    context = backend.export_utils.create_ir_context()
-    lowered = backend.export.exported_program_to_mlir(
-        program, ir_context=context, lowering_context_plugins=[InlineConstsContext(enable_resource_constants=False)]
-    )
-    converter.set_signature(
-        lowered.module.operation,
-        signature_name=SIGNATURE,
-        input_names=list(input_names),
-        output_names=list(output_names),
-    )
-    module = converter.merge_modules([lowered.module])
-    config = converter.ConvertToTFLConfig()
-    config.model_origin_framework = "PYTORCH"
-    config.canonicalizing_inf_as_min_max_float = False  # masks are infinite, and stay so
-    config.enable_x64 = False  # kernels of phones have 32-bit integers
-    with context, silent():
-        converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
-        return bytes(converter.export_flatbuffer_to_bytes(module.operation))
-
-
-@contextlib.contextmanager
-def _labelled(program: ExportedProgram) -> Iterator[ExportedProgram]:
-    """The program with each node in a module of its own name, after which the converter names its values."""
-    stacks = {node: node.meta.get("nn_module_stack") for node in program.graph.nodes}
-    try:
-        for node in stacks:
-            node.meta["nn_module_stack"] = {"": ("", node.name)}
-        yield program
-    finally:
-        for node, stack in stacks.items():
-            if stack is None:
-                del node.meta["nn_module_stack"]
-            else:
-                node.meta["nn_module_stack"] = stack
 
 
 def _describe_missing(program: ExportedProgram, name: str) -> str:

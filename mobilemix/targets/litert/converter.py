@@ -1,29 +1,24 @@
-"""From a lowered program to the bytes of a `.tflite` file, by litert-torch."""
+"""From a lowered program to the bytes of a `.tflite` file, by what litert-torch is made of.
 
-from collections.abc import Sequence
+`litert_torch.convert` would capture the program's module once more, and lose the names of its values.
+"""
 
-import litert_torch
-import torch
-from torch import Tensor, nn
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from litert_converter.mlir import passmanager
+from litert_converter.mlir._mlir_libs import converter_api_ext
+from litert_torch import backend, fx_infra
+from litert_torch._convert import core
+from litert_torch.backend.inline_consts import InlineConstsContext
 from torch.export import ExportedProgram
 
-
-class _Named(nn.Module):
-    """A program's module whose results have names, which litert-torch takes for those of the file's outputs."""
-
-    def __init__(self, program: ExportedProgram, names: Sequence[str]) -> None:
-        super().__init__()
-        self.module = program.module()
-        self.names = names
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Run the program."""
-        results = self.module(*inputs.values())
-        return dict(zip(self.names, (results,) if isinstance(results, Tensor) else results, strict=True))
+from mobilemix.targets.litert.quiet import silent
+from mobilemix.targets.litert.runtime import SIGNATURE
 
 
 def to_flatbuffer(program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]) -> bytes:
-    """The program as a LiteRT model of one signature, `serving_default`.
+    """The program as a LiteRT model of one signature, `serving_default`; values are named after their nodes.
 
     Args:
         program: plain operators, fixed shapes.
@@ -33,14 +28,41 @@ def to_flatbuffer(program: ExportedProgram, input_names: Sequence[str], output_n
     Raises:
         whatever litert-torch and its MLIR passes raise for an operator that they do not have.
     """
-    samples = {
-        name: torch.zeros(node.meta["val"].shape, dtype=node.meta["val"].dtype)
-        for name, node in zip(input_names, _inputs(program), strict=True)
-    }
-    module = _Named(program, output_names)
-    return bytes(litert_torch.convert(module, sample_kwargs=samples).model_content())
+    decompositions = fx_infra.decomp.pre_convert_decomp()
+    with _labelled(program):
+        program = fx_infra.safe_run_decompositions(program, decompositions, can_skip=False)
+    program = core._run_convert_passes(program)
+    context = backend.export_utils.create_ir_context()
+    lowered = backend.export.exported_program_to_mlir(
+        program, ir_context=context, lowering_context_plugins=[InlineConstsContext(enable_resource_constants=False)]
+    )
+    converter_api_ext.set_signature(
+        lowered.module.operation,
+        signature_name=SIGNATURE,
+        input_names=list(input_names),
+        output_names=list(output_names),
+    )
+    module = converter_api_ext.merge_modules([lowered.module])
+    config = converter_api_ext.ConvertToTFLConfig()
+    config.model_origin_framework = "PYTORCH"
+    config.canonicalizing_inf_as_min_max_float = False  # masks are infinite, and stay so
+    config.enable_x64 = False  # kernels of phones have 32-bit integers
+    with context, silent():
+        converter_api_ext.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
+        return bytes(converter_api_ext.export_flatbuffer_to_bytes(module.operation))
 
 
-def _inputs(program: ExportedProgram) -> list[torch.fx.Node]:
-    taken = set(program.graph_signature.user_inputs)
-    return [node for node in program.graph.find_nodes(op="placeholder") if node.name in taken]
+@contextlib.contextmanager
+def _labelled(program: ExportedProgram) -> Iterator[ExportedProgram]:
+    """The program with each node in a module of its own name, after which the converter names its values."""
+    stacks = {node: node.meta.get("nn_module_stack") for node in program.graph.nodes}
+    try:
+        for node in stacks:
+            node.meta["nn_module_stack"] = {"": ("", node.name)}
+        yield program
+    finally:
+        for node, stack in stacks.items():
+            if stack is None:
+                del node.meta["nn_module_stack"]
+            else:
+                node.meta["nn_module_stack"] = stack

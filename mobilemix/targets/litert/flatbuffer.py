@@ -109,7 +109,7 @@ def operator(model: Model, each: Any) -> str:
     builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
     if builtin == schema.BuiltinOperator.CUSTOM:
         return text(code.customCode) or "CUSTOM"
-    return _OPERATORS.get(builtin, f"operator {builtin}")
+    return str(_OPERATORS.get(builtin, f"operator {builtin}"))
 
 
 def is_custom(model: Model, each: Any) -> bool:

@@ -29,13 +29,16 @@ _FEATURE, _IMAGE = 1, 2
 _NORMALISATION = 1
 
 Table = Mapping[int, Any]
-"""Fields by their number in the schema: text, a byte (np.int8), an unsigned integer (np.uint32), a table, or several."""
+"""Fields by their number in the schema: text, a byte (np.int8), an unsigned integer (np.uint32), a table, or a list."""
 
 
 def describe(model: Model, lowered: Lowered) -> None:
     """Write the metadata into a model: as TFLite Metadata, and ours, such as the provenance, under its own names."""
     model.description = lowered.metadata.get("description", lowered.name).encode()
-    for name, content in {**{name: text.encode() for name, text in lowered.metadata.items()}, ENTRY: _encode(_model(lowered, model))}.items():
+    for name, content in {
+        **{name: text.encode() for name, text in lowered.metadata.items()},
+        ENTRY: _encode(_model(lowered, model)),
+    }.items():
         model.metadata.append(schema.MetadataT(name=name.encode(), buffer=len(model.buffers)))
         model.buffers.append(schema.BufferT(data=np.frombuffer(content, np.uint8)))
 
@@ -65,7 +68,10 @@ def _model(lowered: Lowered, model: Model) -> Table:
     described |= {4: lowered.metadata.get("author"), 5: lowered.metadata.get("license"), 7: PARSER_VERSION}
     (signature,) = model.signatureDefs
     graph = {
-        2: [_input(lowered, name, flatbuffer.shape(model.subgraphs[0].tensors[index])) for name, index in _order(signature.inputs, model.subgraphs[0].inputs)],
+        2: [
+            _input(lowered, name, flatbuffer.shape(model.subgraphs[0].tensors[index]))
+            for name, index in _order(signature.inputs, model.subgraphs[0].inputs)
+        ],
         3: [_output(lowered, name) for name, _ in _order(signature.outputs, model.subgraphs[0].outputs)],
     }
     return described | {3: [graph]}
@@ -110,7 +116,11 @@ def _encode(table: Table) -> bytes:
 def _table(builder: flatbuffers.Builder, table: Table) -> int:
     fields = {number: value for number, value in table.items() if value is not None}
     # What lies outside a table is written before it.
-    places = {number: _place(builder, value) for number, value in fields.items() if not np.isscalar(value) or isinstance(value, str)}
+    places = {
+        number: _place(builder, value)
+        for number, value in fields.items()
+        if not np.isscalar(value) or isinstance(value, str)
+    }
     builder.StartObject(max(fields, default=-1) + 1)
     for number, value in fields.items():
         if number in places:

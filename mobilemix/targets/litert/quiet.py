@@ -28,7 +28,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Also keep what native code writes to standard error, past Python; for moments, since it hides our progress too."""
+    """Also keep what native code writes to standard error; for moments only, since it hides our progress, too."""
     sys.stderr.flush()
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet())

@@ -53,7 +53,9 @@ class LiteRTRunner:
 
     def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
         """Every floating-point or quantised value that an operator computes, by LiteRT's own kernels, in order."""
-        interpreter = self._open(OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES, experimental_preserve_all_tensors=True)
+        interpreter = self._open(
+            OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES, experimental_preserve_all_tensors=True
+        )
         self._feed(interpreter, inputs)
         interpreter.invoke()
         graph = self.model.subgraphs[0]
