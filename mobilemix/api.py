@@ -339,7 +339,7 @@ def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe, tar
         "target": recipe.target,
         "precision": recipe.precision,
         "passes": passes,
-        "versions": versions(),
+        "versions": versions(recipe.target),
     }
 
 

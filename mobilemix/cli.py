@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mobilemix",
-    help="Take FFT and state-space vision models from PyTorch to Core ML and ONNX, and prove that they arrived intact.",
+    help="Take FFT and state-space vision models from PyTorch to Core ML, ONNX and LiteRT, and prove they arrived intact.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -161,8 +161,8 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            help="A name from `mobilemix models`, file.py:factory or module:factory; or a FILE.onnx or a"
-            f" PACKAGE.mlpackage, made by mobilemix or not; {DEFAULT_MODEL} if left out.",
+            help="A name from `mobilemix models`, file.py:factory or module:factory; or a FILE.onnx,"
+            f" FILE.tflite or PACKAGE.mlpackage, made by mobilemix or not; {DEFAULT_MODEL} if left out.",
             show_default=False,
         ),
     ] = "",
@@ -177,7 +177,7 @@ def inspect(
     base = load_recipe(recipe) if recipe else Recipe()
     options = {"model": model or None, "weights": weights, "shim": tuple(shim) if shim else None}
     given = {name: value for name, value in {**options, **_inputs(input_ or [])}.items() if value is not None}
-    is_artifact = model.endswith((".onnx", ".mlpackage", ".mlpackage/"))
+    is_artifact = model.endswith((".onnx", ".tflite", ".mlpackage", ".mlpackage/"))
     if is_artifact and (recipe or given.keys() > {"model"}):
         raise InputError(f"{model} is an artifact, inspected as it is; leave out the options for models")
 

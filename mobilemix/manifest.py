@@ -14,6 +14,7 @@ from typing import Any
 
 from mobilemix.errors import InputError
 from mobilemix.recipe import Recipe, recipe_from
+from mobilemix.targets import EXTRAS
 
 SCHEMA = 1
 
@@ -81,9 +82,10 @@ def read_manifest(artifact: Path) -> Manifest:
         raise InputError(f"the manifest {path} is incomplete ({error}); export the model again") from error
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what an artifact holds."""
-    names = ("mobilemix", "torch", "numpy", "onnx", "onnxscript", "onnx-ir", "onnxsim", "onnxruntime", "coremltools")
+def versions(target: str) -> dict[str, str]:
+    """Of Python and of the packages that decide what an artifact of the target holds."""
+    names = ["mobilemix", "torch", "numpy", "onnx", "onnxscript", "onnx-ir", "onnxsim", "onnxruntime", "coremltools"]
+    names += EXTRAS.get(target, {}).values()
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 

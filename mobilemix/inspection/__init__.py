@@ -16,6 +16,7 @@ from mobilemix.inspection.report import (
     TargetReport,
     Value,
 )
+from mobilemix.targets import require
 
 __all__ = [
     "ArtifactReport",
@@ -32,11 +33,17 @@ __all__ = [
 
 
 def inspect_artifact(path: Path) -> ArtifactReport:
-    """Inspect an ONNX file or a Core ML package, of any origin.
+    """Inspect an ONNX file, a Core ML package or a LiteRT file, of any origin.
 
     Raises:
-        InputError: it is neither, or cannot be read.
+        InputError: it is none of them, or cannot be read.
+        MissingDependencyError: a LiteRT file, without the extra that reads them.
     """
     if not path.exists():
         raise InputError(f"there is no artifact {path}")
+    if path.suffix == ".tflite":
+        require("litert")
+        from mobilemix.inspection.litert_file import inspect_litert
+
+        return inspect_litert(path)
     return inspect_package(path) if path.is_dir() else inspect_onnx(path)

@@ -126,7 +126,7 @@ class ModelReport:
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactReport:
-    """An ONNX file or a Core ML package.
+    """An ONNX file, a Core ML package or a LiteRT file.
 
     Attributes:
         path: where it is.

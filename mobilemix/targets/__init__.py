@@ -15,7 +15,13 @@ TARGETS = {
     "onnx": "mobilemix.targets.onnx:OnnxTarget",
 }
 
-EXTRAS = {"litert": {"litert_torch": "litert-torch", "ai_edge_litert": "ai-edge-litert", "ai_edge_quantizer": "ai-edge-quantizer"}}
+EXTRAS = {
+    "litert": {
+        "litert_torch": "litert-torch",
+        "ai_edge_litert": "ai-edge-litert",
+        "ai_edge_quantizer": "ai-edge-quantizer",
+    }
+}
 """Targets that need an extra of their own name: its modules, and their packages."""
 
 

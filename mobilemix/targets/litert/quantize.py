@@ -9,7 +9,7 @@ from ai_edge_litert import schema_py_generated as schema
 from mobilemix.targets.base import Array, Inputs
 from mobilemix.targets.litert import flatbuffer
 from mobilemix.targets.litert.flatbuffer import Model
-from mobilemix.targets.litert.quiet import quiet
+from mobilemix.targets.litert.quiet import quiet, silent
 from mobilemix.targets.litert.runtime import SIGNATURE, LiteRTRunner
 
 HALF_SUFFIX = "_float16"
@@ -74,9 +74,9 @@ def to_int8(content: bytes, samples: Sequence[Inputs]) -> bytes:
         quantizer.add_static_config(".*", operations.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
         for boundary in (operations.INPUT, operations.OUTPUT):
             quantizer.update_quantization_recipe(".*", boundary, algorithm_key=AlgorithmName.NO_QUANTIZE)
-        result = quantizer.quantize(
-            ranges(content, samples), enable_progress_bar=False, enable_progress_report=False
-        ).quantized_model
+    seen = ranges(content, samples)
+    with silent():  # of two progress bars one cannot be turned off
+        result = quantizer.quantize(seen, enable_progress_bar=False, enable_progress_report=False).quantized_model
     assert result is not None
     return bytes(result)
 
