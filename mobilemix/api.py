@@ -29,6 +29,7 @@ from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import AUTOMATIC, Source, load_source
 from mobilemix.targets import find_target, require
 from mobilemix.targets.base import Check, Inputs, Lowered, Target
+from mobilemix.threads import spread
 
 NOISE_SAMPLES = 2
 PHOTOGRAPHS = 5
@@ -272,7 +273,7 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
         del sets["noise"]  # beyond what photographs calibrate
     agreement = {}
     for name, samples in sets.items():
-        answers = [runner.run(sample) for sample in samples]
+        answers = spread(runner.run, samples)
         outputs = [[answer[output] for output in lowered.output_names] for answer in answers]
         agreement[name] = compare(outputs, prepared.references[name].outputs)
     # The last sample of each set: noise and, where there is one, a photograph.

@@ -7,6 +7,7 @@ target's compiler got wrong shows up as a difference from it.
 import contextlib
 import copy
 import dataclasses
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from mobilemix.signature import Input
 from mobilemix.targets.base import Array, Check, Inputs, Runner
+from mobilemix.threads import spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,15 +215,19 @@ class _Recorder(torch.fx.Interpreter):
 
 
 def _evaluate(module: nn.Module, samples: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[list[Array]]:
-    with torch.no_grad(), _default_dtype(dtype):
-        return [
-            [
-                (torch.view_as_real(leaf) if leaf.is_complex() else leaf).numpy()
-                for leaf in pytree.tree_leaves(module(*(_widen(value, dtype) for value in sample)))
-                if isinstance(leaf, Tensor)
-            ]
-            for sample in samples
-        ]
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    thread = threading.local()
+
+    def answer(sample: Sequence[Tensor]) -> list[Array]:
+        if not hasattr(thread, "module"):  # a user's module may keep something while it runs
+            thread.module = copy.deepcopy(module, dict(shared))
+        with torch.no_grad():
+            leaves = pytree.tree_leaves(thread.module(*(_widen(value, dtype) for value in sample)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return [(torch.view_as_real(tensor) if tensor.is_complex() else tensor).numpy() for tensor in tensors]
+
+    with _default_dtype(dtype):
+        return spread(answer, samples)
 
 
 def _in_float64(module: nn.Module) -> nn.Module:

@@ -48,6 +48,8 @@ class Runner(Protocol):
     def run(self, inputs: Inputs) -> dict[str, Array]:
         """Execute on the program's own inputs (arrays of its dtypes, normalised, by `Lowered.input_names`).
 
+        Several threads may call it at once.
+
         A runner whose artifact takes an image undoes the normalisation and feeds pixels in [0, 255] (float, not
         rounded, so that what is compared is the graph and not 8-bit rounding). Returns float32 outputs by
         `Lowered.output_names`.

@@ -7,10 +7,12 @@ that whole range to zero. Only values and weights that are float16 in the fp16 p
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from mobilemix.targets.coreml.package import Package
+from mobilemix.threads import spread
 
 LARGEST = 65504.0
 """Largest finite float16. A value beyond it becomes infinite on the device, so it fails the audit.
@@ -86,10 +88,13 @@ def audit(package: Package, runs: Iterable[Iterable[tuple[str, np.ndarray]]], na
         runs: for each sample, every value as (name, array).
         names: which values and constants are float16 in the package that will run.
     """
-    seen: dict[str, _Accumulator] = {}
-    for name, value in itertools.chain(*runs, _weights(package)):
-        if name in names:
-            seen.setdefault(name, _Accumulator()).add(value)
+
+    def measured(values: Iterable[tuple[str, np.ndarray]]) -> list[tuple[str, _Seen]]:
+        return [(name, _Seen.of(value)) for name, value in values if name in names]
+
+    seen: dict[str, _Seen] = {}
+    for name, one in itertools.chain(*spread(measured, [*runs, _weights(package)])):
+        seen[name] = seen[name] + one if name in seen else one
     return Audit(tuple(each.range(name) for name, each in seen.items()))
 
 
@@ -104,21 +109,38 @@ def _weights(package: Package) -> Iterator[tuple[str, np.ndarray]]:
             yield operation.outputs[0].name, constant.array
 
 
-class _Accumulator:
-    def __init__(self) -> None:
-        self.largest = 0.0
-        self.nonzero = self.subnormal = 0
-        self.energy = self.lost = 0.0
+class _Seen(NamedTuple):
+    """Of the finite elements: the largest magnitude, counts, and sums of squares of all and of those to be flushed."""
 
-    def add(self, value: np.ndarray) -> None:
-        magnitude = np.abs(value.astype(np.float64).ravel())
-        magnitude = magnitude[~np.isinf(magnitude)]
-        self.largest = float(np.max(magnitude, initial=self.largest))
-        small = magnitude[magnitude < SMALLEST_NORMAL]
-        self.nonzero += int(np.count_nonzero(magnitude))
-        self.subnormal += int(np.count_nonzero(small))
-        self.energy += float(magnitude @ magnitude)
-        self.lost += float(small @ small)
+    largest: float
+    nonzero: int
+    subnormal: int
+    energy: float
+    lost: float
+
+    @classmethod
+    def of(cls, value: np.ndarray) -> "_Seen":
+        magnitude = np.abs(value).ravel()
+        if np.isinf(magnitude).any():
+            magnitude = magnitude[~np.isinf(magnitude)]
+        small = magnitude[magnitude < SMALLEST_NORMAL].astype(np.float64)
+        wide = magnitude.astype(np.float64)
+        return cls(
+            largest=float(np.max(magnitude, initial=0)),
+            nonzero=int(np.count_nonzero(magnitude)),
+            subnormal=int(np.count_nonzero(small)),
+            energy=float(wide @ wide),
+            lost=float(small @ small),
+        )
+
+    def __add__(self, other: "_Seen") -> "_Seen":  # type: ignore[override]
+        return _Seen(
+            largest=float(np.maximum(self.largest, other.largest)),  # not a number stays
+            nonzero=self.nonzero + other.nonzero,
+            subnormal=self.subnormal + other.subnormal,
+            energy=self.energy + other.energy,
+            lost=self.lost + other.lost,
+        )
 
     def range(self, name: str) -> Range:
         return Range(

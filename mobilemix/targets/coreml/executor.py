@@ -4,6 +4,7 @@ Every operation's declared output types are checked against what was computed, s
 rule stops at the operation that has it.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class Executor:
     """
 
     def __init__(self, package: Package, *, rounding: Rounding) -> None:
-        """Look up every rule; weights are read at the first run."""
+        """Look up every rule; weights are read at the first run. Several threads may run it at once."""
         self.package = package
         self.rounding = rounding
         missing = sorted({each.type for each in package.operations if each.type not in RULES and each.type != "const"})
@@ -46,6 +47,7 @@ class Executor:
         self._uses.update(package.outputs)
         self._constants: dict[str, Value] = {}
         self._read: dict[int, Value] = {}
+        self._reading = threading.Lock()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The program's outputs: float32, int32 or bool arrays.
@@ -99,7 +101,9 @@ class Executor:
 
     def _constant(self, operation: Operation) -> None:
         name = operation.outputs[0].name
-        if name not in self._constants:
+        with self._reading:
+            if name in self._constants:
+                return
             value = self._value(operation.attributes["val"])
             if isinstance(value, Tensor):
                 value = self._fitted(value, operation.outputs[0], f"const '{name}'")

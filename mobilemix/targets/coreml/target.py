@@ -18,11 +18,12 @@ from mobilemix import parity
 from mobilemix.passes import lower_scans
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
-from mobilemix.targets.coreml.audit import FAINT, audit
+from mobilemix.targets.coreml.audit import FAINT, Audit, audit
 from mobilemix.targets.coreml.convert import NORMALISATION_KEY, STORED_DTYPES, convert, quiet
 from mobilemix.targets.coreml.equivalence import Equivalence, compare
 from mobilemix.targets.coreml.executor import Executor
 from mobilemix.targets.coreml.package import Package, read_package
+from mobilemix.threads import spread
 
 BUILD_RELATIVE_L2 = 1e-5
 """How far the float32 build may be from the float64 reference: another order of summation, nothing else."""
@@ -102,16 +103,35 @@ class CoreMLTarget:
                 full = Path(folder, f"build{self.suffix}")
                 convert(lowered, dataclasses.replace(recipe, precision="fp32"), full)
                 build = PackageRunner(read_package(full))
-            checks = [_build_check(lowered, build, samples)]
-            if runner.is_fp16:
-                equivalence = compare(build.package, runner.package)
-                checks += [_equivalence_check(equivalence), _range_check(build, equivalence, samples)]
+            equivalence = compare(build.package, runner.package) if runner.is_fp16 else None
+            answers, found = _executed(build, equivalence, samples)
+        checks = [_build_check(lowered, answers, samples)]
+        if equivalence:
+            checks += [_equivalence_check(equivalence), _range_check(found)]
         return [*checks, _native_check(runner, path, samples)]
 
 
-def _build_check(lowered: Lowered, build: PackageRunner, samples: Sequence[Inputs]) -> Check:
+def _executed(
+    build: PackageRunner, equivalence: Equivalence | None, samples: Sequence[Inputs]
+) -> tuple[list[dict[str, Array]], Audit | None]:
+    """What the float32 build answers, and of the same runs the audit, if its fp16 package is the same program."""
+    if equivalence is None or equivalence.differences:
+        return spread(build.run, samples), None
+    answers: list[dict[str, Array]] = [{} for _ in samples]
+    runs = [_noted(build, sample, answer) for sample, answer in zip(samples, answers, strict=True)]
+    return answers, audit(build.package, runs, equivalence.in_float16)
+
+
+def _noted(build: PackageRunner, sample: Inputs, answer: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+    """Every value of a run; the outputs among them are entered in `answer` as well."""
+    for name, value in build.values(sample):
+        if name in build.outputs:
+            answer[name] = np.asarray(value, dtype=np.float32)
+        yield name, value
+
+
+def _build_check(lowered: Lowered, answers: Sequence[Mapping[str, Array]], samples: Sequence[Inputs]) -> Check:
     reference = parity.reference(lowered.program.module(), samples)
-    answers = [build.run(sample) for sample in samples]
     outputs = [[answer[name] for name in lowered.output_names] for answer in answers]
     error = parity.compare(outputs, reference.outputs).relative_l2
     return Check(
@@ -133,10 +153,9 @@ def _equivalence_check(equivalence: Equivalence) -> Check:
     )
 
 
-def _range_check(build: PackageRunner, equivalence: Equivalence, samples: Sequence[Inputs]) -> Check:
-    if equivalence.differences:
+def _range_check(found: Audit | None) -> Check:
+    if found is None:
         return Check("range audit", None, "the two programs are not the same")
-    found = audit(build.package, (build.values(sample) for sample in samples), equivalence.in_float16)
     if found.overflowing:
         first = found.overflowing[0]
         return Check(

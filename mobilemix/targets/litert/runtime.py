@@ -1,5 +1,6 @@
 """`.tflite` files executed by LiteRT's interpreter on the CPU, with XNNPACK."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class LiteRTRunner:
         if SIGNATURE not in self._interpreter.get_signature_list():
             raise InputError(f"the model has no signature {SIGNATURE}, by which its inputs are found")
         self._run = self._interpreter.get_signature_runner(SIGNATURE)
+        self._one_at_a_time = threading.Lock()
 
     @classmethod
     def from_file(cls, path: Path) -> "LiteRTRunner":
@@ -44,7 +46,8 @@ class LiteRTRunner:
             InputError: the inputs' names or shapes are not the model's.
         """
         try:
-            outputs = self._run(**self._stored(inputs))
+            with self._one_at_a_time:
+                outputs = self._run(**self._stored(inputs))
         except (ValueError, KeyError) as error:
             details = self._run.get_input_details().items()
             wanted = ", ".join(f"{name} {tuple(map(int, each['shape']))}" for name, each in details)
