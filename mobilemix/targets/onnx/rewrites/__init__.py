@@ -8,12 +8,34 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 
-from mobilemix.targets.onnx.rewrites import channel_layer_norm, gelu, global_average_pool, separate_convs
+from mobilemix.targets.onnx.rewrites import (
+    channel_layer_norm,
+    depthwise_channels,
+    gelu,
+    global_average_pool,
+    image_convs,
+    separate_convs,
+    tokens,
+)
 
 
 def _apply(*rules: Sequence[RewriteRule]) -> Callable[[ir.Model], object]:
     together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
     return lambda model: together.apply_to_model(model)
+
+
+def _settle(*rules: Sequence[RewriteRule]) -> Callable[[ir.Model], object]:
+    """Apply rules until none of them matches any more, each time knowing the shapes that the last time left."""
+    together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
+    clean = ir.passes.Sequential(
+        common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.ShapeInferencePass()
+    )
+
+    def settle(model: ir.Model) -> None:
+        while together.apply_to_model(model):
+            clean(model)
+
+    return settle
 
 
 PASSES: tuple[Callable[[ir.Model], object], ...] = (
@@ -26,6 +48,14 @@ PASSES: tuple[Callable[[ir.Model], object], ...] = (
     # What follows a norm, once it is one: the scale before the shift, which ends the chain.
     _apply(channel_layer_norm.RULES[1:2]),
     _apply(channel_layer_norm.RULES[2:]),
+    # What belongs to images, then what does not.
+    _settle(image_convs.NORMS),
+    _settle(image_convs.CONVS),
+    _settle(tokens.CONVS),
+    _settle(tokens.TRANSPOSITIONS),
+    _settle(image_convs.RESHAPES),
+    _settle(depthwise_channels.CONVS),
+    _settle(depthwise_channels.SPLITS),
     common.RemoveUnusedNodesPass(),
     # The rest is names and order: every constant an initialiser, once; one node for equal ones.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

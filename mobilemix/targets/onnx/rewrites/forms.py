@@ -1,0 +1,21 @@
+"""Which of equivalent forms ONNX Runtime runs fastest, by shape: every choice that a rule makes by size is here.
+
+The numbers come from `benchmarks/forms.py`, one thread; `benchmarks/forms.py --check` holds the choices against a
+new measurement. docs/forms.md has its table.
+"""
+
+CHANNEL_MULTIPLE = 4
+"""Depthwise convolutions of other numbers of channels run outside the layout of the convolutions around them."""
+
+POSITIONS_AS_ROWS = 64
+"""Up to so many positions, a matrix product with packed weights beats a convolution of the sequence."""
+
+
+def missing_channels(channels: int) -> int:
+    """Channels to add to a depthwise convolution for ONNX Runtime to keep it in the blocked layout."""
+    return -channels % CHANNEL_MULTIPLE
+
+
+def is_product(positions: int) -> bool:
+    """Whether to write a pointwise convolution of a sequence of so many positions as a matrix product."""
+    return positions <= POSITIONS_AS_ROWS
