@@ -57,15 +57,11 @@ def read_model(path: Path) -> Model:
     Raises:
         InputError: missing, corrupt, or of another format.
     """
-    content = read(path)
-    try:
-        return parse(content)
-    except InputError:
-        raise InputError(f"{path} is not a valid LiteRT model, or it is cut short") from None
+    return parse(read(path), str(path))
 
 
-def parse(content: bytes) -> Model:
-    """The content of a file as an object; weights are views of it.
+def parse(content: bytes, name: str = "the file") -> Model:
+    """The content of a file, which errors call `name`, as an object; weights are views of it.
 
     Raises:
         InputError: corrupt.
@@ -79,7 +75,7 @@ def parse(content: bytes) -> Model:
         used |= {graph.tensors[index].type for each in graph.operators for index in (*each.inputs, *each.outputs)}
         used |= {graph.tensors[index].type for index in (*graph.inputs, *graph.outputs)}
     except (struct.error, IndexError, TypeError, ValueError, AttributeError, MemoryError, OverflowError) as error:
-        raise InputError("not a valid LiteRT model, or it is cut short") from error
+        raise InputError(f"{name} is not a valid LiteRT model, or it is cut short") from error
     for buffer in model.buffers:
         if buffer.offset > 1:  # large models keep their weights behind the flatbuffer
             buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)

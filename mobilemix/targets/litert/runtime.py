@@ -20,14 +20,14 @@ SIGNATURE = "serving_default"
 class LiteRTRunner:
     """A LiteRT model (see `mobilemix.targets.base.Runner`)."""
 
-    def __init__(self, content: bytes) -> None:
-        """Prepare to execute.
+    def __init__(self, content: bytes, name: str = "the file") -> None:
+        """Prepare to execute the content of a file, which errors call `name`.
 
         Raises:
             InputError: corrupt, of operators that LiteRT has not, or without a signature `serving_default`.
         """
         self.content = content
-        self.model = flatbuffer.parse(content)
+        self.model = flatbuffer.parse(content, name)
         self._interpreter = self._open(OpResolverType.AUTO)
         if SIGNATURE not in self._interpreter.get_signature_list():
             raise InputError(f"the model has no signature {SIGNATURE}, by which its inputs are found")
@@ -37,7 +37,7 @@ class LiteRTRunner:
     @classmethod
     def from_file(cls, path: Path) -> "LiteRTRunner":
         """Read a file and prepare to execute it; raises as `__init__` does, and where there is no such file."""
-        return cls(flatbuffer.read(path))
+        return cls(flatbuffer.read(path), str(path))
 
     def run(self, inputs: Inputs) -> dict[str, Array]:
         """Execute; outputs by name, float32.
