@@ -13,6 +13,7 @@ import json
 import operator
 import re
 import shutil
+import sys
 import tempfile
 import traceback
 import uuid
@@ -20,12 +21,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import coremltools as ct
 import numpy as np
 import torch
-from coremltools.converters.mil.mil import Block, Program
+from coremltools.converters import _converters_entry
+from coremltools.converters.mil.mil import Block, Program, types
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
@@ -93,7 +97,7 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         tempfile.TemporaryDirectory() as folder,  # elsewhere: a full destination is then our own write that fails
         _one_line_errors(program),
         quiet(),
-        _unvalidated(),
+        _unhindered(),
     ):
         model = ct.convert(
             _decomposed(program, lowered.std if recipe.input == "image" else None),
@@ -128,18 +132,34 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unvalidated() -> Iterator[None]:
-    """Let coremltools run its passes without checking and annotating the whole program after each of them.
+def _unhindered() -> Iterator[None]:
+    """Let coremltools run its passes without what it does besides, which takes two thirds of a conversion's time.
 
-    Both take half of a conversion's time. What validation could find does not get past executing the saved package, and
-    what is annotated, the reach of compressed weights, is nothing in a float program.
+    Checking the whole program after each pass: what that could find does not get past executing the saved package.
+    Annotating it: the reach of compressed weights is nothing in a float program, and where an operation comes from is
+    known by its name. Printing it for a log that nobody reads. Describing one type thousands of times, and collecting
+    the garbage of the whole process.
     """
-    validate, annotate = Program.validate, Block._propagate_nonreplaceable_vars
-    Program.validate = Block._propagate_nonreplaceable_vars = lambda *_arguments, **_options: None
-    try:
+    nothing = lambda *_arguments, **_options: None  # noqa: E731
+    described = functools.cache(types.get_type_info)
+    with contextlib.ExitStack() as replaced:
+        for owner, name, other in (
+            (Program, "validate", nothing),
+            (Program, "__str__", lambda _: ""),
+            (Block, "_propagate_nonreplaceable_vars", nothing),
+            (Block, "_copy_scope_info", staticmethod(nothing)),
+            (_converters_entry, "gc", SimpleNamespace(collect=nothing)),
+            *((module, "get_type_info", described) for module in _DESCRIBING),
+        ):
+            replaced.enter_context(mock.patch.object(owner, name, other))
         yield
-    finally:
-        Program.validate, Block._propagate_nonreplaceable_vars = validate, annotate
+
+
+_DESCRIBING = [
+    module
+    for name, module in sys.modules.items()
+    if name.startswith("coremltools.") and getattr(module, "get_type_info", None) is types.get_type_info
+]
 
 
 class _InAten(ExportedProgram):
