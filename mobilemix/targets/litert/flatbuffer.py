@@ -100,17 +100,21 @@ class _Builder(flatbuffers.Builder):  # type: ignore[misc]
 
 def operator(model: Model, each: Any) -> str:
     """The type of an operator, such as CONV_2D; a custom one's own name."""
-    code = model.operatorCodes[each.opcodeIndex]
-    # Files from before schema 3a keep codes below 127 in the older field alone.
-    builtin = max(code.builtinCode, code.deprecatedBuiltinCode)
-    if builtin == schema.BuiltinOperator.CUSTOM:
-        return text(code.customCode) or "CUSTOM"
-    return str(_OPERATORS.get(builtin, f"operator {builtin}"))
+    if is_custom(model, each):
+        return text(model.operatorCodes[each.opcodeIndex].customCode) or "CUSTOM"
+    code = _code(model, each)
+    return str(_OPERATORS.get(code, f"operator {code}"))
 
 
 def is_custom(model: Model, each: Any) -> bool:
     """Whether an operator is none of LiteRT's own."""
-    return bool(model.operatorCodes[each.opcodeIndex].builtinCode == schema.BuiltinOperator.CUSTOM)
+    return bool(_code(model, each) == schema.BuiltinOperator.CUSTOM)
+
+
+def _code(model: Model, each: Any) -> int:
+    """Codes were bytes once, and files from then have no other field."""
+    code = model.operatorCodes[each.opcodeIndex]
+    return int(max(code.builtinCode, code.deprecatedBuiltinCode))
 
 
 def histogram(model: Model) -> dict[str, int]:

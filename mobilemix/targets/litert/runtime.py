@@ -32,6 +32,8 @@ class LiteRTRunner:
         if SIGNATURE not in self._interpreter.get_signature_list():
             raise InputError(f"the model has no signature {SIGNATURE}, by which its inputs are found")
         self._run = self._interpreter.get_signature_runner(SIGNATURE)
+        details = self._run.get_input_details().items()
+        self._shapes = {name: tuple(map(int, each["shape"])) for name, each in details}
         self._one_at_a_time = threading.Lock()
 
     @classmethod
@@ -45,13 +47,13 @@ class LiteRTRunner:
         Raises:
             InputError: the inputs' names or shapes are not the model's.
         """
-        try:
-            with self._one_at_a_time:
-                outputs = self._run(**self._stored(inputs))
-        except (ValueError, KeyError) as error:
-            details = self._run.get_input_details().items()
-            wanted = ", ".join(f"{name} {tuple(map(int, each['shape']))}" for name, each in details)
-            raise InputError(f"the model takes {wanted}: {error}") from error
+        stored = self._stored(inputs)
+        if {name: value.shape for name, value in stored.items()} != self._shapes:
+            wanted = ", ".join(f"{name} {shape}" for name, shape in self._shapes.items())
+            given = ", ".join(f"{name} {value.shape}" for name, value in stored.items())
+            raise InputError(f"the model takes {wanted}, not {given}")
+        with self._one_at_a_time:
+            outputs = self._run(**stored)
         return {name: np.asarray(value, np.float32) for name, value in outputs.items()}
 
     def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
