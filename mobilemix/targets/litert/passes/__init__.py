@@ -1,6 +1,7 @@
 """Rewrites for LiteRT alone: the forms that XNNPACK, its CPU back end, runs fastest."""
 
 from mobilemix.passes.base import Pass
+from mobilemix.targets.litert.passes.channels_last import ChannelsLast
 from mobilemix.targets.litert.passes.split_depthwise import SplitDepthwise
 
 __all__ = ["PASSES"]
@@ -8,4 +9,6 @@ __all__ = ["PASSES"]
 PASSES: tuple[Pass, ...] = (
     # XNNPACK has kernels for filters of up to 25 taps; what is larger takes a slow path.
     SplitDepthwise(),
+    # Last: it decides where every number lies.
+    ChannelsLast(),
 )
