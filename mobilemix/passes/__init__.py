@@ -14,6 +14,7 @@ import mobilemix.ops  # noqa: F401, registers the scans
 from mobilemix.errors import UnsupportedOpError
 from mobilemix.passes.base import Pass, PassError, PassResult, source
 from mobilemix.passes.complex_to_real import ComplexToReal
+from mobilemix.passes.editing import chain
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
 from mobilemix.passes.fold_constants import FoldConstants
 from mobilemix.passes.lower_einsum import LowerEinsum
@@ -108,12 +109,13 @@ def lower(
     if program.range_constraints:
         sizes = ", ".join(map(str, program.range_constraints))
         raise UnsupportedOpError(f"the program has dynamic shapes ({sizes}{_first_dynamic(program)}); use fixed ones")
-    for step in passes:
-        result = step(program)
-        program = result.program
-        if result.modified and log is not None:
-            log(step.name)
-    return program
+    with chain() as edits:
+        for step in passes:
+            result = step(program)
+            program = result.program
+            if result.modified and log is not None:
+                log(step.name)
+        return edits.completed(program)
 
 
 def _first_dynamic(program: ExportedProgram) -> str:

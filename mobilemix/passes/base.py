@@ -52,10 +52,11 @@ class Pass(abc.ABC):
         Raises:
             PassError: the interface changed, or an unmodified program is not the one that came in.
         """
+        before = interface(program)
         result = self.rewrite(program)
         if not result.modified and result.program is not program:
             raise PassError(f"pass {self.name} returned another program but says that it changed nothing")
-        before, after = interface(program), interface(result.program)
+        after = interface(result.program) if result.modified else before
         for was, now in zip(before, after, strict=False):
             if (*was[:2], was[2] and self.keeps(*was[2])) != now:
                 raise PassError(f"pass {self.name} changed the interface: {was} became {now}")

@@ -1,6 +1,7 @@
 """Editing an exported program: a copy of its graph, its constants as tensors, and new nodes with their values."""
 
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import itertools
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, TensorArgument
+from torch.fx._lazy_graph_module import _LazyGraphModule, _make_graph_module
 from torch.utils import _pytree as pytree
 
 from mobilemix.passes.base import PassResult, arguments
@@ -37,18 +39,81 @@ class _Constant:
     spec: InputSpec | None
 
 
+class _Chain:
+    """Rewrites one after another; what stands between them is nobody's but the next rewrite's.
+
+    Copying a graph, generating its Python code and validating it takes longer than most rewrites. In a chain the first
+    edit copies, the others take over that copy, and `completed` validates what comes out.
+    """
+
+    def __init__(self) -> None:
+        self.draft: ExportedProgram | None = None
+
+    def drafted(self, old: ExportedProgram, graph: fx.Graph, **fields: Any) -> ExportedProgram:
+        """The program `old` with another graph and other fields, not validated."""
+        draft = ExportedProgram.__new__(ExportedProgram)
+        draft.__dict__.update(old.__dict__)
+        draft.__dict__.update({f"_{name}": value for name, value in fields.items()})
+        if graph is not old.graph:
+            draft._graph_module = _make_graph_module(old.graph_module, graph, graph_module_cls=_LazyGraphModule)
+        self.draft = draft
+        return draft
+
+    def completed(self, program: ExportedProgram) -> ExportedProgram:
+        """`program` as one that was made by its constructor.
+
+        Raises:
+            torch.export's SpecViolationError: its graph is not well-formed.
+        """
+        if program is not self.draft:
+            return program
+        return ExportedProgram(
+            root=program.graph_module,
+            graph=program.graph,
+            graph_signature=program.graph_signature,
+            state_dict=program.state_dict,
+            range_constraints=program.range_constraints,
+            module_call_graph=program.module_call_graph,
+            example_inputs=program.example_inputs,
+            constants=program.constants,
+            verifiers=program.verifiers,
+        )
+
+
+_CHAIN: contextvars.ContextVar[_Chain | None] = contextvars.ContextVar("chain", default=None)
+
+
+@contextlib.contextmanager
+def chain() -> Iterator[_Chain]:
+    """Inside, a program that an `Edit` made is used up by the next one; `completed` makes the last one whole."""
+    made = _Chain()
+    token = _CHAIN.set(made)
+    try:
+        yield made
+    finally:
+        _CHAIN.reset(token)
+
+
 class Edit:
-    """One rewrite of a program, which itself stays as it is.
+    """One rewrite of a program, which itself stays as it is (but for what an earlier edit of a `chain` made).
 
     New nodes are made inside `with edit.at(node)`: they come before `node` and inherit its place in the user's source.
     """
 
-    def __init__(self, program: ExportedProgram) -> None:
-        """Copy the graph of `program`; tensors are shared."""
+    def __init__(self, program: ExportedProgram, *, tentative: bool = False) -> None:
+        """Copy the graph of `program`, or take it over in a `chain`; tensors are shared.
+
+        What is `tentative` always copies: only then are changes of other nodes forgotten if nothing counts as changed.
+        """
         self._program = program
-        self.graph = copy.deepcopy(program.graph)
-        for ours, theirs in zip(self.graph.nodes, program.graph.nodes, strict=True):
-            ours.name = theirs.name  # a copy renames what is called like a builtin, such as `input`
+        self._chain = _CHAIN.get()
+        if self._chain is not None and self._chain.draft is program and not tentative:
+            self.graph = program.graph
+        else:
+            self.graph = copy.deepcopy(program.graph)
+            for ours, theirs in zip(self.graph.nodes, program.graph.nodes, strict=True):
+                ours.name = theirs.name  # a copy renames what is called like a builtin, such as `input`
+        self._found = set(self.graph.nodes)
         self.changed = self._views_examples = False
         self._origin: dict[str, Any] = {}
         self._wide = False
@@ -174,13 +239,22 @@ class Edit:
         self.graph.erase_node(node)
         self.changed = True
 
+    def exchange(self, old: fx.Node, new: fx.Node) -> None:
+        """Replace a node and remove it, so that it no longer counts among the users of its inputs."""
+        self.replace(old, new)
+        self.erase(old)
+
     def finish(self) -> PassResult:
         """The edited program without dead nodes and unused constants, or the original if nothing was changed.
 
         Raises:
-            torch.export's SpecViolationError: the edited graph is not well-formed.
+            torch.export's SpecViolationError: the edited graph is not well-formed (in a `chain`, at its end).
         """
         if not self.changed:
+            if self.graph is self._program.graph:
+                for node in reversed(self.graph.nodes):
+                    if node not in self._found:
+                        self.graph.erase_node(node)
             return PassResult(self._program, False)
         self.graph.eliminate_dead_code()
         for node in [node for node in self._constants if not node.users]:
@@ -208,18 +282,16 @@ class Edit:
         example = old.example_inputs
         if self._views_examples:
             example = pytree.tree_map_only(Tensor, _paired, example)
-        program = ExportedProgram(
-            root=old.graph_module,
-            graph=self.graph,
+        edited = self._chain or _Chain()
+        program = edited.drafted(
+            old,
+            self.graph,
             graph_signature=ExportGraphSignature(specs, results),
             state_dict={name: tensor for name, tensor in state_dict.items() if name in taken},
-            range_constraints=old.range_constraints,
-            module_call_graph=old.module_call_graph,
             example_inputs=example,
             constants={name: value for name, value in constants.items() if name in taken},
-            verifiers=old.verifiers,
         )
-        return PassResult(program, True)
+        return PassResult(program if self._chain else edited.completed(program), True)
 
 
 def _paired(tensor: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class RerollLoops(Pass):
         """Return the program with its linear recurrences as scans."""
         if any(_writes(node) for node in program.graph.nodes):
             return PassResult(program, False)
-        edit = Edit(program)
+        edit = Edit(program, tentative=True)
         assignments.forward(edit)
         _forget_shapes(edit)
         lanes = Lanes(edit)
