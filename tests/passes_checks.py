@@ -43,6 +43,16 @@ def relative_error(program: ExportedProgram, module: nn.Module, *inputs: Tensor)
     return max(map(float, errors))
 
 
+def trained(norm: nn.Module) -> nn.Module:
+    """A norm with parameters and statistics as far from those of a new one as training makes them."""
+    for name, tensor in norm.state_dict(keep_vars=True).items():
+        if name.endswith("running_var"):
+            tensor.data.uniform_(0.1, 3)
+        elif tensor.is_floating_point():
+            tensor.data.normal_()
+    return norm
+
+
 def widened(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode with float64 and complex128 parameters."""
     return copy.deepcopy(module).eval()._apply(_widen)

@@ -14,9 +14,12 @@ import mobilemix.ops  # noqa: F401, registers the scans
 from mobilemix.errors import UnsupportedOpError
 from mobilemix.passes.base import Pass, PassError, PassResult, source
 from mobilemix.passes.complex_to_real import ComplexToReal
+from mobilemix.passes.compose_linear import ComposeLinear
 from mobilemix.passes.editing import chain
+from mobilemix.passes.fold_affine import FoldAffine
 from mobilemix.passes.fold_batch_norm import FoldBatchNorm
 from mobilemix.passes.fold_constants import FoldConstants
+from mobilemix.passes.fold_scales import FoldScales
 from mobilemix.passes.lower_einsum import LowerEinsum
 from mobilemix.passes.lower_linear_scan import LowerLinearScan
 from mobilemix.passes.lower_scatter import LowerScatter
@@ -26,6 +29,7 @@ from mobilemix.passes.lower_ssd_chunk_scan import LowerSsdChunkScan
 from mobilemix.passes.make_functional import MakeFunctional
 from mobilemix.passes.merge_linear import MergeLinear
 from mobilemix.passes.merge_reshapes import MergeReshapes
+from mobilemix.passes.merge_skips import MergeSkips
 from mobilemix.passes.merge_slices import MergeSlices
 from mobilemix.passes.remove_no_ops import RemoveNoOps
 from mobilemix.passes.reroll_loops import RerollLoops
@@ -63,6 +67,14 @@ SHARED: tuple[Pass, ...] = (
     MergeReshapes(),
     MergeSlices(),
     MergeReshapes(),
+    # Once a branch is one convolution with its scale, which may have been on the other side of a reshape.
+    MergeSkips(),
+    # After the skips: the sums that are left, and what reads them alone.
+    FoldScales(),
+    # The scales and shifts that no map before them could take.
+    FoldAffine(),
+    # When nothing is left between two maps that can go into one of them.
+    ComposeLinear(),
     # Late: until here each constant belongs to the layer whose weights are merged.
     ShareConstants(),
     # Last: until here it is one elementwise operator among others.

@@ -6,7 +6,7 @@ from torch import fx
 UNARY = frozenset(
     {
         *("abs", "clamp", "elu", "exp", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "neg"),
-        *("relu", "relu6", "sigmoid", "silu", "softplus", "softshrink", "sqrt", "square", "tanh"),
+        *("relu", "relu6", "rsqrt", "sigmoid", "silu", "softplus", "softshrink", "sqrt", "square", "tanh"),
     }
 )
 BINARY = frozenset({"add", "mul", "sub"})

@@ -12,11 +12,12 @@ aten = torch.ops.aten
 _COPIES = {"alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "alpha_dropout", "lift_fresh_copy"}
 _UNCHANGED_IF_SAME_SHAPE = {"expand", "expand_as", "flatten", "reshape", "squeeze", "unflatten", "view"}
 _UNCHANGED_IF_SAME_DTYPE = {"to", "type_as"}
+_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}  # of the second operand, as a number
 _CHECKS = {"_assert_tensor_metadata"}
 
 
 class RemoveNoOps(Pass):
-    """Drop copies, dropout in evaluation mode, casts and reshapes to what is there already, checks, and dead code.
+    """Drop copies, dropout in evaluation mode, casts and reshapes to what is there already, x + 0, x · 1, and checks.
 
         before:  x (N, C) → dropout (p, train=False) → contiguous → view (N, C) → y
         after:   y = x
@@ -46,7 +47,10 @@ class RemoveNoOps(Pass):
 
 def _is_no_op(node: fx.Node) -> bool:
     name = node.target._opname  # type: ignore[union-attr]
-    if name not in _COPIES | _UNCHANGED_IF_SAME_SHAPE | _UNCHANGED_IF_SAME_DTYPE:
+    if name in _NEUTRAL:
+        if not isinstance(node.args[0], fx.Node) or node.args[1] != _NEUTRAL[name] or node.kwargs:
+            return False
+    elif name not in _COPIES | _UNCHANGED_IF_SAME_SHAPE | _UNCHANGED_IF_SAME_DTYPE:
         return False
     if arguments(node).get("train") is True:
         return False

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from passes_checks import TOLERANCE, assert_untouched, operators, relative_error, rewritten
 from torch import Tensor, nn
 
-from mobilemix.passes.merge_reshapes import MergeReshapes, _groups, _regroup
+from mobilemix.passes.axes import groups_of_axes
+from mobilemix.passes.merge_reshapes import MergeReshapes, _regroup
 
 
 class Blocks(nn.Module):
@@ -53,7 +54,7 @@ def test_a_regrouped_constant_broadcasts_alike(shape: list[int], merges: list[in
     found = _regroup(constant.shape, after, before)
     if found is not None:
         assert torch.equal(constant.reshape(found).expand(before).reshape(after), constant.expand(after))
-    groups = _groups(before, after)
+    groups = groups_of_axes(before, after)
     assert [axis for left, _ in groups for axis in left] == list(range(len(before)))
     assert [axis for _, right in groups for axis in right] == list(range(len(after)))
 
@@ -83,3 +84,54 @@ def test_nothing_to_merge(module: nn.Module) -> None:
             return x.reshape(4, 6).softmax(-1).transpose(0, 1)
 
     assert_untouched(MergeReshapes(), Module(), torch.randn(2, 3, 4))
+
+
+class Tokens(nn.Module):
+    """A norm over channels and a pointwise convolution of the positions of a map, laid out in one row."""
+
+    def __init__(self, channels: int, groups: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, channels, 1))
+        self.conv = nn.Conv1d(channels, 2 * channels, 1, groups=groups, bias=bias)
+        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        row = x.flatten(2)
+        centred = row - row.mean(1, keepdim=True)
+        normed = centred * (centred.square().mean(1, keepdim=True) + 1e-5).rsqrt() * self.weight
+        return self.depthwise(self.conv(normed).unflatten(-1, x.shape[2:])), normed
+
+
+@given(
+    channels=st.integers(2, 4), groups=st.integers(1, 2), bias=st.booleans(), size=st.tuples(*[st.integers(1, 4)] * 2)
+)
+@settings(max_examples=10, deadline=None)
+def test_norms_and_pointwise_convolutions_stay_on_the_map(
+    channels: int, groups: int, bias: bool, size: tuple[int, int]
+) -> None:
+    module, x = Tokens(groups * channels, groups, bias), torch.randn(2, groups * channels, *size)
+    program = rewritten(MergeReshapes(), module, x)
+    found = operators(program)
+    assert (found["conv1d"], found["conv2d"]) == (0, 2)
+    # One is left for the output, and one on the weight, which is a constant.
+    assert found["reshape"] + found["flatten"] + found["unflatten"] <= 2
+    assert relative_error(program, module, x) < TOLERANCE
+
+
+class OtherRows(nn.Module):
+    """A kernel over neighbours in the row, a stride along it, and a mean over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.long = nn.Conv1d(3, 3, 2), nn.Conv1d(3, 3, 1, stride=2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        row = x.flatten(2)
+        return self.wide(row), self.long(row), row.mean(-1, keepdim=True)
+
+
+def test_what_depends_on_the_row_stays_in_it() -> None:
+    module, x = OtherRows(), torch.randn(2, 3, 4, 4)
+    program = rewritten(MergeReshapes(), module, x)
+    assert operators(program) == {"reshape": 1, "conv1d": 2, "mean": 1}
+    assert relative_error(program, module, x) < TOLERANCE

@@ -35,10 +35,21 @@ def test_a_view_of_what_was_made_contiguous_becomes_a_reshape() -> None:
 
 def test_what_does_something_stays() -> None:
     class Module(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return x.sum(0), x.reshape(-1), x[:1].expand(3, 3)
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return x.sum(0), x.reshape(-1), x[:1].expand(3, 3), 0 - x, x + 1, x * 0, x.int() * 1.0
 
     assert_untouched(RemoveNoOps(), Module(), torch.randn(2, 3))
+
+
+def test_neutral_numbers_are_dropped() -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ((x.exp() + 0) * 1.0 - 0.0) / 1
+
+    x = torch.randn(2, 3)
+    program = rewritten(RemoveNoOps(), Module(), x)
+    assert operators(program) == {"exp": 1}
+    assert torch.equal(program.module()(x), x.exp())
 
 
 def test_dead_code_and_checks_are_dropped() -> None:
