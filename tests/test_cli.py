@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import SHAPE
 
-from mobilemix import cli
+from mobilemix import api, cli, targets
 from mobilemix.models import registry
 
 COMMAND = [sys.executable, "-m", "mobilemix"]
@@ -40,11 +40,9 @@ def test_export_says_where_how_large_how_long_and_how_close(mobilemix, network, 
     assert (tmp_path / "out" / "make.mlpackage" / "Manifest.json").exists()
 
 
-@pytest.mark.parametrize("targets", [["-t", "onnx,coreml"], ["-t", "onnx", "--target", "coreml"]])
-def test_several_targets(mobilemix, network, tmp_path, targets):
-    code, out, _ = mobilemix(
-        "export", network, "--input", f"tensor:{SHAPE}", "-o", tmp_path / "out", "--json", *targets
-    )
+@pytest.mark.parametrize("chosen", [["-t", "onnx,coreml"], ["-t", "onnx", "--target", "coreml"]])
+def test_several_targets(mobilemix, network, tmp_path, chosen):
+    code, out, _ = mobilemix("export", network, "--input", f"tensor:{SHAPE}", "-o", tmp_path / "out", "--json", *chosen)
     assert code == 0
     exports = json.loads(out)
     assert [Path(one["path"]).name for one in exports] == ["make.onnx", "make.mlpackage"]
@@ -149,8 +147,9 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
     ("arguments", "message"),
     [
         (["export", "afnet_t"], "unknown model 'afnet_t'; did you mean 'affnet_t'? Valid: "),
-        (["export", "-t", "corml"], "unknown target 'corml'; did you mean 'coreml'? Valid: coreml, onnx"),
-        (["export", "--precision", "fp61"], "unknown precision 'fp61'; did you mean 'fp16'? Valid: fp16, fp32"),
+        (["export", "-t", "corml"], "unknown target 'corml'; did you mean 'coreml'? Valid: coreml, litert, onnx"),
+        (["export", "--precision", "fp61"], "unknown precision 'fp61'; did you mean 'fp16'? Valid: fp16, fp32, int8"),
+        (["export", "-t", "litret"], "unknown target 'litret'; did you mean 'litert'?"),
         (["export", "--opset", "9"], "opset 9 is not supported; valid: 18 to 21"),
         (["export", "--minimum-ios", "12"], "iOS 12 is not supported; valid: 15, 16, 17, 18"),
         (["export", "--input", "1x3xtall"], "--input cannot be '1x3xtall'"),
@@ -173,6 +172,7 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
         (["verify", "nowhere.onnx"], "there is no artifact nowhere.onnx"),
         (["inspect", "afnet_t"], "unknown model 'afnet_t'; did you mean 'affnet_t'? Valid: "),
         (["inspect", "nowhere.onnx"], "there is no artifact nowhere.onnx"),
+        (["inspect", "nowhere.tflite"], "there is no artifact nowhere.tflite"),
         (["inspect", "nowhere.onnx", "--input", "1x3x8x8"], "nowhere.onnx is an artifact, inspected as it is"),
     ],
 )
@@ -186,6 +186,38 @@ def test_bad_input_is_one_line_and_exit_code_2(mobilemix, tmp_path, monkeypatch,
     assert message in lines[0]
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-t", "litert"], ["-t", "onnx,litert"], ["-t", "litert", "--precision", "int8"]]
+)
+def test_a_target_that_is_not_installed_costs_no_wait(mobilemix, tmp_path, monkeypatch, arguments):
+    monkeypatch.setitem(targets.EXTRAS, "litert", {"nowhere_to_be_found": "litert-torch"})
+    monkeypatch.setattr(api, "prepare", lambda *_, **__: pytest.fail("the model was loaded"))
+    code, out, err = mobilemix("export", *arguments, "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: the target litert needs litert-torch, which is not installed; pip install 'mobilemix[litert]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_litert_beside_another_target(mobilemix, network, tmp_path):
+    pytest.importorskip("litert_torch", reason="needs pip install 'mobilemix[litert]'")
+    code, out, err = mobilemix("export", network, "-t", "onnx,litert", "--input", SHAPE, "-o", tmp_path)
+    assert code == 0
+    assert [line.split(" · ")[0] for line in out.splitlines() if line.startswith("verified")] == [
+        f"verified {tmp_path / 'make.onnx'}",
+        f"verified {tmp_path / 'make.tflite'}",
+    ]
+    assert err.strip() in ("", "note: make has random weights; give a checkpoint with --weights")
+    assert mobilemix("verify", tmp_path / "make.tflite")[0] == 0
+    code, out, _ = mobilemix("inspect", tmp_path / "make.tflite")
+    assert code == 0
+    assert "LiteRT (TFLite schema 3)" in out
+    (tmp_path / "cut.tflite").write_bytes((tmp_path / "make.tflite").read_bytes()[:5000])
+    code, out, err = mobilemix("inspect", tmp_path / "cut.tflite")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
 
 
 def test_debug_shows_the_traceback(tmp_path):

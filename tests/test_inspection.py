@@ -22,6 +22,7 @@ from mobilemix.inspection.obstacles import StockCoreML, StockOnnx, find
 from mobilemix.inspection.tables import describe
 from mobilemix.manifest import dumps
 from mobilemix.recipe import Recipe
+from mobilemix.targets import is_installed
 
 SIZES = tuple(map(int, SHAPE.split("x")))
 
@@ -60,8 +61,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ModelReport:
 
 
 def test_what_is_in_the_way_of_each_target_and_which_pass_handles_it(report: ModelReport) -> None:
-    coreml, onnx_ = report.targets
-    assert (coreml.target, onnx_.target) == ("coreml", "onnx")
+    targets = {target.target: target for target in report.targets}
+    coreml, onnx_ = targets["coreml"], targets["onnx"]
+    assert ("litert" in targets) == is_installed("litert")
     found = {one.operator: one for one in coreml.obstacles}
     assert found.keys() == {"fft_rfft2", "view_as_complex", "mul", "fft_irfft2"}
     assert {one.stops for one in coreml.obstacles} == {"coremltools"}
@@ -127,6 +129,14 @@ def test_what_nothing_handles_remains() -> None:
     text = rendered(report)
     assert "blocked" in text
     assert "nothing is in the way" not in text
+
+
+def test_what_litert_lacks(report: ModelReport) -> None:
+    pytest.importorskip("litert_torch", reason="needs pip install 'mobilemix[litert]'")
+    (litert,) = (target for target in report.targets if target.target == "litert")
+    found = {(one.operator, one.handled_by) for one in litert.obstacles}
+    assert {("fft_rfft2", "complex_to_real"), ("fft_irfft2", "complex_to_real")} <= found
+    assert not litert.remaining
 
 
 def test_what_the_passes_refuse_is_told_and_what_came_before_is_counted() -> None:

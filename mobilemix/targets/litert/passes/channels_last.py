@@ -243,7 +243,9 @@ class _Layout:
         else:
             before, after = rest, []
             blocks = x.blocks()
-            outer = blocks[:-1] if blocks[-1] == inner else [before]
+            # A single row, as after a global mean, has one axis more: the converter fails to fuse a mean that keeps axes.
+            single = all(x.atoms[atom] == 1 for atom in before)
+            outer = blocks[:-1] if blocks[-1] == inner and not single else [before]
             node = self.edit.emit(aten.linear.default, request(self.edit, x, [*outer, inner]), weight, bias)
         order = [*before, -1, *after] if outputs > 1 else [*before, *after]
         sizes = tuple(outputs if atom == -1 else x.atoms[atom] for atom in order)
