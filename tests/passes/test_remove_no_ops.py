@@ -36,7 +36,7 @@ def test_a_view_of_what_was_made_contiguous_becomes_a_reshape() -> None:
 def test_what_does_something_stays() -> None:
     class Module(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            return x.sum(0), x.reshape(-1), x[:1].expand(3, 3), 0 - x, x + 1, x * 0, x.int() * 1.0
+            return x.sum(0), x.reshape(-1), x[:1].expand(3, 3), 0 - x, x + 1, x * 0, x.argmax(1) * 1.0
 
     assert_untouched(RemoveNoOps(), Module(), torch.randn(2, 3))
 
