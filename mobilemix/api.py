@@ -6,6 +6,7 @@ recipe → source → capture → passes → target.compile → artifact → ver
 import contextlib
 import dataclasses
 import functools
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,19 @@ from mobilemix.threads import spread
 
 NOISE_SAMPLES = 2
 PHOTOGRAPHS = 5
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python from looking for garbage, which takes it through every object of torch, for little."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 Listener = Callable[[str], None]
 """Told the name of each stage as it begins."""
@@ -86,6 +100,11 @@ class Prepared:
         return samples
 
     @functools.cached_property
+    def specialised(self) -> dict[str, tuple[Lowered, tuple[str, ...]]]:
+        """By target, what `_specialise` made of it: the precisions of one target start from one program."""
+        return {}
+
+    @functools.cached_property
     def references(self) -> dict[str, Reference]:
         """What the source model answers to the samples."""
         module, complex_names = self.source.module, self.lowered.complex_names
@@ -123,6 +142,7 @@ def export(
     return deploy(prepare(recipe, module=module, listener=listener), recipe, Path(output), listener=listener)
 
 
+@_uncollected()
 def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listener = _silent) -> Prepared:
     """Load, capture and lower a recipe's model; the recipe's target does not matter yet. Raises as `export` does."""
     labels = read_labels(recipe.labels) if recipe.labels else None  # first: a wrong path should not cost a minute
@@ -167,6 +187,7 @@ def capture_source(source: Source) -> ExportedProgram:
             raise CaptureError(f"{error}; {names} could not be imported: --shim {AUTOMATIC} stands in") from error
 
 
+@_uncollected()
 def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listener = _silent) -> Export:
     """Compile a prepared model for the recipe's target, verify the file and write its manifest; raises as `export`."""
     require(recipe.target)
@@ -254,9 +275,12 @@ def verify(
 
 def _specialise(prepared: Prepared, target: Target) -> tuple[Lowered, tuple[str, ...]]:
     """The model after the target's own passes too, and the names of all passes that changed something."""
-    passes = list(prepared.passes)
-    program = lower(prepared.lowered.program, target.passes, log=passes.append)
-    return dataclasses.replace(prepared.lowered, program=program), _distinct(passes)
+    if target.name not in prepared.specialised:
+        passes = list(prepared.passes)
+        program = lower(prepared.lowered.program, target.passes, log=passes.append)
+        lowered = dataclasses.replace(prepared.lowered, program=program)
+        prepared.specialised[target.name] = lowered, _distinct(passes)
+    return prepared.specialised[target.name]
 
 
 def _distinct(names: Iterable[str]) -> tuple[str, ...]:

@@ -35,8 +35,8 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     if samples:
         content = to_int8(content, samples)
     model = flatbuffer.parse(content)
-    if recipe.precision == "fp16":
-        to_half(model)
+    if recipe.precision != "fp32":
+        to_half(model)  # of an int8 model what it computes in float32
     metadata.describe(model, lowered)
     destination.write_bytes(metadata.with_labels(flatbuffer.pack(model), lowered.labels))
 
