@@ -1,7 +1,7 @@
 """mobilemix's passes before LiteRT: lower, convert with litert-torch, run, compare with PyTorch.
 
-Needs `pip install litert-torch`, best in an environment of its own: it brings jax and transformers, and one of its
-dependencies pins an older typing-extensions than coremltools' do (pip says so; both work).
+Needs `pip install 'mobilemix[litert]'`. `mobilemix export --target litert` does more: passes for XNNPACK besides, float16
+and int8, metadata and labels, and verification of the file.
 """
 
 import litert_torch
