@@ -4,17 +4,33 @@
 """
 
 import contextlib
+import copy
+import operator
 from collections.abc import Iterator, Sequence
 
+import torch
 from litert_converter.mlir import passmanager
 from litert_converter.mlir._mlir_libs import converter_api_ext
 from litert_torch import backend, fx_infra
 from litert_torch._convert import core
+from litert_torch._convert.fx_passes import BuildAtenCompositePass
 from litert_torch.backend.inline_consts import InlineConstsContext
+from torch import fx
 from torch.export import ExportedProgram
 
+from mobilemix.passes.elementwise import BINARY, UNARY
+from mobilemix.targets.litert.passes.channels_last import SPATIAL
 from mobilemix.targets.litert.quiet import silent
 from mobilemix.targets.litert.runtime import SIGNATURE
+
+_PLAIN = (
+    UNARY
+    | BINARY
+    | {"div", "maximum", "minimum", "mean", "sum", "amax", "softmax", "linear", "bmm", "matmul", "mm", "addmm"}
+    | {"permute", "transpose", "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "clone"}
+    | {"cat", "slice", "split", "split_with_sizes", "chunk", "select", "constant_pad_nd", "to", "layer_norm"}
+)
+"""Operators whose lowering is the same in every layout."""
 
 
 def to_flatbuffer(program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]) -> bytes:
@@ -28,13 +44,11 @@ def to_flatbuffer(program: ExportedProgram, input_names: Sequence[str], output_n
     Raises:
         whatever litert-torch and its MLIR passes raise for an operator that they do not have.
     """
-    decompositions = fx_infra.decomp.pre_convert_decomp()
-    with _labelled(program):
-        program = fx_infra.safe_run_decompositions(program, decompositions, can_skip=False)
-    program = core._run_convert_passes(program)
     context = backend.export_utils.create_ir_context()
     lowered = backend.export.exported_program_to_mlir(
-        program, ir_context=context, lowering_context_plugins=[InlineConstsContext(enable_resource_constants=False)]
+        _prepared(program),
+        ir_context=context,
+        lowering_context_plugins=[InlineConstsContext(enable_resource_constants=False)],
     )
     converter_api_ext.set_signature(
         lowered.module.operation,
@@ -52,13 +66,53 @@ def to_flatbuffer(program: ExportedProgram, input_names: Sequence[str], output_n
         return bytes(converter_api_ext.export_flatbuffer_to_bytes(module.operation))
 
 
+def _prepared(program: ExportedProgram) -> ExportedProgram:
+    """The program after litert-torch's own passes, as far as it needs any.
+
+    They trace it three times. The lowering traces once more by itself, which is all that a graph needs whose layout is
+    settled: `channels_last` leaves each convolution between permutations that vanish, and the only operators that
+    still have to be kept whole are composites, such as GELU.
+    """
+    if not _is_settled(program):
+        decompositions = fx_infra.decomp.pre_convert_decomp()
+        with _labelled(program):
+            program = fx_infra.safe_run_decompositions(program, decompositions, can_skip=False)
+        return core._run_convert_passes(program)
+    graph = copy.deepcopy(program.graph)
+    for ours, theirs in zip(graph.nodes, program.graph.nodes, strict=True):
+        ours.name = theirs.name  # a copy renames what is called like a builtin
+        ours.meta["nn_module_stack"] = _label(theirs)
+    module = fx.GraphModule(program.graph_module, graph)
+    return fx_infra.run_passes(program._update(module, program.graph_signature), [BuildAtenCompositePass()])
+
+
+def _is_settled(program: ExportedProgram) -> bool:
+    """Whether the layout of images matters to nothing but convolutions and pools that stand between permutations."""
+    permute = torch.ops.aten.permute.default
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if node.target in SPATIAL:
+            ends = [node.args[0], *node.users]
+            if not all(isinstance(end, fx.Node) and end.target is permute for end in ends):
+                return False
+        elif not isinstance(node.target, torch._ops.OpOverload) or node.target._opname not in _PLAIN:
+            return False
+    return True
+
+
+def _label(node: fx.Node) -> dict[str, tuple[str, str]]:
+    """A module of the node's own name, after which the converter names its values."""
+    return {"": ("", node.name)}
+
+
 @contextlib.contextmanager
 def _labelled(program: ExportedProgram) -> Iterator[ExportedProgram]:
     """The program with each node in a module of its own name, after which the converter names its values."""
     stacks = {node: node.meta.get("nn_module_stack") for node in program.graph.nodes}
     try:
         for node in stacks:
-            node.meta["nn_module_stack"] = {"": ("", node.name)}
+            node.meta["nn_module_stack"] = _label(node)
         yield program
     finally:
         for node, stack in stacks.items():

@@ -21,17 +21,17 @@ from mobilemix.targets.litert.passes.views import (
     plain,
     refine,
     request,
-    reshape,
     stored_as,
 )
 
 aten = torch.ops.aten
 
-_SPATIAL = (
+SPATIAL = (
     aten.conv2d.default,
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
 )
+"""Operators of images: each is left between two permutations."""
 _BINARY = frozenset({"add", "mul", "sub", "div", "maximum", "minimum"})
 _LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # of an image: where channels come from, and where they go back to
 _NARROW = 8  # below so many columns a product from the left costs more than a transposition
@@ -57,7 +57,7 @@ class ChannelsLast(Pass):
     def rewrite(self, program: ExportedProgram) -> PassResult:
         """Return the program in that layout; as it is, if nothing in it has channels."""
         edit = Edit(program)
-        if not any(node.target in _SPATIAL for node in edit.graph.nodes):
+        if not any(node.target in SPATIAL for node in edit.graph.nodes):
             return edit.finish()
         layout = _Layout(edit)
         for node in list(edit.graph.nodes):
@@ -73,7 +73,7 @@ class _Layout:
         self.views: dict[object, View] = {}
         self.parts: dict[fx.Node, list[View]] = {}
         self.rules: dict[object, Callable[[fx.Node], View | None]] = {
-            **dict.fromkeys(_SPATIAL, self.spatial),
+            **dict.fromkeys(SPATIAL, self.spatial),
             aten.adaptive_avg_pool2d.default: self.global_pool,
             aten.conv1d.default: self.pointwise,
             aten.linear.default: self.linear,
@@ -83,6 +83,7 @@ class _Layout:
             **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default), self.reduction),
             **dict.fromkeys((aten.softmax.int, aten._softmax.default), self.softmax),
             aten.group_norm.default: self.group_norm,
+            aten.batch_norm.default: self.batch_norm,
             aten.cat.default: self.concatenation,
             aten.slice.Tensor: self.slice,
             aten.permute.default: lambda node: self.of(node.args[0]).permuted(
@@ -243,7 +244,7 @@ class _Layout:
         else:
             before, after = rest, []
             blocks = x.blocks()
-            # A single row, as after a global mean, has one axis more: the converter fails to fuse a mean that keeps axes.
+            # A single row, as after a global mean: the converter fails to fuse a mean that keeps axes.
             single = all(x.atoms[atom] == 1 for atom in before)
             outer = blocks[:-1] if blocks[-1] == inner and not single else [before]
             node = self.edit.emit(aten.linear.default, request(self.edit, x, [*outer, inner]), weight, bias)
@@ -338,7 +339,7 @@ class _Layout:
         x = self.of(node.args[0])
         axis = int(node.args[1]) % len(x.axes)  # type: ignore[arg-type]
         inner = list(x.axes[axis])
-        if node.kwargs.get("dtype") is not None or len(node.args) > 2 and node.args[2] not in (None, False):
+        if node.kwargs.get("dtype") is not None or (len(node.args) > 2 and node.args[2] not in (None, False)):
             return None
         if not inner:
             return None
@@ -352,7 +353,7 @@ class _Layout:
         """One group: mean and variance are those of everything in a sample."""
         values = arguments(node)
         x = self.of(values["input"])
-        if values["num_groups"] != 1 or x.axes[0]:
+        if values["num_groups"] != 1 or x.axes[0] or not _has_own_axes(x, 1):
             return None
         blocks = x.blocks()
         every = list(range(len(blocks)))
@@ -361,25 +362,35 @@ class _Layout:
         centred = emit(aten.sub.Tensor, x.node, mean)
         variance = emit(aten.mean.dim, emit(aten.mul.Tensor, centred, centred), every, True)
         scale = emit(aten.rsqrt.default, emit(aten.add.Tensor, variance, values["eps"]))
-        result = dataclasses.replace(x, node=centred)
-        for op, parameter, factor in (
-            (aten.mul.Tensor, values["weight"], scale),
-            (aten.add.Tensor, values["bias"], None),
-        ):
-            if parameter is None:
-                if factor is not None:
-                    result = dataclasses.replace(result, node=emit(op, result.node, factor))
-                continue
-            channel = x.axes[1]
-            shape = [math.prod(x.atoms[atom] for atom in block if atom in channel) for block in blocks]
-            if any(set(block) & set(channel) and set(block) - set(channel) for block in blocks):
-                return None
-            vector = self.edit.add_constant(
-                f"{self.edit.name(parameter)}_stored", self.constant(parameter).reshape(shape)
-            )
-            operand = vector if factor is None else emit(aten.mul.Tensor, vector, factor)
-            result = dataclasses.replace(result, node=emit(op, result.node, operand))
-        return result
+        weight, bias = (self.per_channel(x, values[name]) for name in ("weight", "bias"))
+        result = emit(aten.mul.Tensor, centred, scale if weight is None else emit(aten.mul.Tensor, weight, scale))
+        return dataclasses.replace(x, node=result if bias is None else emit(aten.add.Tensor, result, bias))
+
+    def batch_norm(self, node: fx.Node) -> View | None:
+        """One that no convolution took: a multiplication and an addition."""
+        values = arguments(node)
+        x = self.of(values["input"])
+        if values["training"] or values["running_mean"] is None or not _has_own_axes(x, 1):
+            return None
+        mean, variance = (self.constant(values[name]).double() for name in ("running_mean", "running_var"))
+        factor = (variance + values["eps"]).rsqrt()
+        factor = factor if values["weight"] is None else factor * self.constant(values["weight"]).double()
+        shift = -mean * factor if values["bias"] is None else self.constant(values["bias"]).double() - mean * factor
+        name, dtype = self.edit.name(values["running_mean"]), node.meta["val"].dtype
+        result = x.node
+        for op, label, vector in ((aten.mul.Tensor, "factor", factor), (aten.add.Tensor, "shift", shift)):
+            operand = self.per_channel(x, self.edit.add_constant(f"{name}_{label}", vector.to(dtype)))
+            result = self.edit.emit(op, result, operand)
+        return dataclasses.replace(x, node=result)
+
+    def per_channel(self, x: View, parameter: fx.Node | None) -> fx.Node | None:
+        """A constant with a number per channel (axis 1), to broadcast against what is stored."""
+        if parameter is None:
+            return None
+        channel = x.axes[1]
+        shape = [math.prod(x.atoms[atom] for atom in block if atom in channel) for block in x.blocks()]
+        vector = self.constant(parameter).reshape(shape)
+        return self.edit.add_constant(f"{self.edit.name(parameter)}_stored", vector)
 
     # What only says which numbers, and in which order.
 
@@ -470,6 +481,12 @@ def _cost(view: View) -> int:
     """Numbers to copy until a value is stored as it is."""
     order = [atom for axis in view.axes for atom in axis]
     return 0 if view.is_stored(order) else math.prod(view.atoms)
+
+
+def _has_own_axes(x: View, axis: int) -> bool:
+    """Whether no axis of what is stored holds atoms of this axis and of others."""
+    inner = set(x.axes[axis])
+    return all(set(block) <= inner or not set(block) & inner for block in x.blocks())
 
 
 def _padded(view: View, rank: int) -> View:
