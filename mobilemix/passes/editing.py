@@ -48,6 +48,8 @@ class _Chain:
 
     def __init__(self) -> None:
         self.draft: ExportedProgram | None = None
+        self.spare: tuple[ExportedProgram, fx.Graph] | None = None
+        """A program that is not ours, and a copy of its graph in which the last edit changed nothing."""
 
     def drafted(self, old: ExportedProgram, graph: fx.Graph, **fields: Any) -> ExportedProgram:
         """The program `old` with another graph and other fields, not validated."""
@@ -106,9 +108,11 @@ class Edit:
         What is `tentative` always copies: only then are changes of other nodes forgotten if nothing counts as changed.
         """
         self._program = program
-        self._chain = _CHAIN.get()
-        if self._chain is not None and self._chain.draft is program and not tentative:
+        self._chain = None if tentative else _CHAIN.get()
+        if self._chain is not None and self._chain.draft is program:
             self.graph = program.graph
+        elif self._chain is not None and self._chain.spare is not None and self._chain.spare[0] is program:
+            self.graph = self._chain.spare[1]
         else:
             self.graph = copy.deepcopy(program.graph)
             for ours, theirs in zip(self.graph.nodes, program.graph.nodes, strict=True):
@@ -251,10 +255,11 @@ class Edit:
             torch.export's SpecViolationError: the edited graph is not well-formed (in a `chain`, at its end).
         """
         if not self.changed:
-            if self.graph is self._program.graph:
+            if self._chain is not None:
                 for node in reversed(self.graph.nodes):
                     if node not in self._found:
                         self.graph.erase_node(node)
+                self._chain.spare = (self._program, self.graph)
             return PassResult(self._program, False)
         self.graph.eliminate_dead_code()
         for node in [node for node in self._constants if not node.users]:

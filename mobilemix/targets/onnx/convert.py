@@ -20,7 +20,7 @@ from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 from mobilemix.targets.onnx.half import halve
 from mobilemix.targets.onnx.rewrites import rewrite
-from mobilemix.targets.onnx.runtime import OnnxRunner, first_line
+from mobilemix.targets.onnx.runtime import first_line, trace
 from mobilemix.targets.onnx.translate import translate
 
 EXTERNAL_DATA_BYTES = 1_500_000_000
@@ -95,19 +95,17 @@ def _compare(before: Path, after: Path, sample: Inputs) -> set[str]:
         TargetError: an output changed, or ONNX Runtime cannot load one of the two.
     """
     try:
-        original, tidied = (OnnxRunner(path, optimised=False) for path in (before, after))
+        (expected, meant), (outputs, values) = (trace(path, sample) for path in (before, after))
     except InputError as error:
         raise TargetError(str(error)) from error
-    outputs = tidied.run(sample)
-    for name, value in original.run(sample).items():
+    for name, value in expected.items():
         if not (change := relative_l2(outputs[name], value)) <= TIDY_TOLERANCE:
             raise TargetError(
                 f"onnxsim changed output '{name}' by {change:.1e}, more than rounding ({TIDY_TOLERANCE:.0e})"
             )
-    meant = dict(original.values(sample))
     return {
         name
-        for name, value in tidied.values(sample)
+        for name, value in values.items()
         if name in meant and (value.shape != meant[name].shape or relative_l2(value, meant[name]) > TIDY_TOLERANCE)
     }
 

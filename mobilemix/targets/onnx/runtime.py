@@ -44,9 +44,9 @@ class OnnxRunner:
             InputError: missing, corrupt, or not ONNX.
             TargetError: ONNX Runtime has no kernel for one of its nodes.
         """
-        self._model = read_model(path)
-        self._folder = path.parent.resolve()
-        self._session = self._open(self._model, optimised)
+        read_model(path)  # says what is wrong with a file that is none
+        self._path = path
+        self._session = _open(str(path), optimised)
 
     def run(self, inputs: Inputs) -> dict[str, Array]:
         """Execute; outputs by name, float32.
@@ -58,28 +58,41 @@ class OnnxRunner:
 
     def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
         """Every floating-point value that a node computes, in the file's order, before any optimisation."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)
-        types = {
-            value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)
-        }
-        names = [name for node in model.graph.node for name in node.output if types.get(name) in _FLOATS]
-        del model.graph.output[:]
-        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-        yield from _execute(self._open(model, optimised=False), inputs)
+        _, values = trace(self._path, inputs)
+        yield from values.items()
 
-    def _open(self, model: onnx.ModelProto, optimised: bool) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        levels = ort.GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-        options.log_severity_level = _FATAL_ONLY
-        options.add_session_config_entry(_EXTERNAL_FOLDER, str(self._folder))
-        try:
-            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except MissingKernel as error:
-            raise TargetError(f"ONNX Runtime has no kernel for a node of the model: {first_line(error)}") from error
-        except Exception as error:
-            raise InputError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
+
+def trace(path: Path, inputs: Inputs) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Run the nodes of a file exactly as they are written: its outputs, and every floating-point value, in order.
+
+    Raises as `OnnxRunner` and its `run` do.
+    """
+    model = read_model(path)
+    outputs = [value.name for value in model.graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
+    names = [name for node in model.graph.node for name in node.output if types.get(name) in _FLOATS]
+    del model.graph.output[:]
+    wanted = dict.fromkeys([*names, *outputs])
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
+    found = dict(_execute(_open(model.SerializeToString(), optimised=False, folder=path.parent), inputs))
+    return {name: found[name] for name in outputs}, {name: found[name] for name in names}
+
+
+def _open(model: str | bytes, optimised: bool, folder: Path | None = None) -> ort.InferenceSession:
+    """A session of a file, or of its content with the folder that its weights are in."""
+    options = ort.SessionOptions()
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    options.log_severity_level = _FATAL_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores have other things to do
+    if folder is not None:
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder.resolve()))
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except MissingKernel as error:
+        raise TargetError(f"ONNX Runtime has no kernel for a node of the model: {first_line(error)}") from error
+    except Exception as error:
+        raise InputError(f"ONNX Runtime cannot load the model: {first_line(error)}") from error
 
 
 def _execute(session: ort.InferenceSession, inputs: Inputs) -> Iterator[tuple[str, Array]]:

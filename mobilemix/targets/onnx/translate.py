@@ -8,13 +8,21 @@ import operator
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import NameFixPass, OutputFixPass
+from onnxscript._framework_apis import torch_2_11
+from onnxscript.function_libs.torch_lib import ops  # noqa: F401, registers torchlib
+from onnxscript.function_libs.torch_lib.registration import default_registry
 from torch import fx
 from torch.export import ExportedProgram
+from torch.onnx._internal.exporter import _fx_passes
+from torch.utils import _pytree as pytree
 
 from mobilemix.errors import MobilemixError, TargetError, UnsupportedOpError
 from mobilemix.passes.base import source
@@ -48,7 +56,7 @@ def translate(lowered: Lowered, opset: int) -> Translation:
     with silence():
         exportable = _Exportable.of(lowered.program)
     try:
-        with silence():
+        with silence(), _only_needed(exportable.graph):
             exported = torch.onnx.export(
                 exportable,
                 dynamo=True,
@@ -78,6 +86,55 @@ def translate(lowered: Lowered, opset: int) -> Translation:
         value.name = name
     NameFixPass()(model)  # renames what has the same name as an input or output
     return Translation(model, modules)
+
+
+@contextlib.contextmanager
+def _only_needed(graph: fx.Graph) -> Iterator[None]:
+    """Let `torch.onnx` prepare what it needs for a graph rather than for every program, a third of its time.
+
+    It parses the source of all of torchlib's functions, makes a signature anew each time that an ONNX operator is used,
+    and evaluates the whole graph again to see where dtypes have to be promoted, which is nowhere if every operator
+    returns the dtype that it takes.
+    """
+    made: dict[tuple[str, str, int], ir.schemas.OpSignature] = {}
+    make = ir.schemas.OpSignature.from_op_schema
+
+    def signature(schema: onnx.defs.OpSchema) -> ir.schemas.OpSignature:
+        key = schema.domain, schema.name, schema.since_version
+        if key not in made:
+            made[key] = make(schema)
+        return made[key]
+
+    with contextlib.ExitStack() as replaced:
+        for owner, name, other in (
+            (torch_2_11, "get_torchlib_ops", lambda: list(_torchlib(graph))),
+            (ir.schemas.OpSignature, "from_op_schema", signature),
+        ):
+            replaced.enter_context(mock.patch.object(owner, name, other))
+        if all(map(_keeps_dtype, graph.nodes)):
+            replaced.enter_context(mock.patch.object(_fx_passes, "insert_type_promotion_nodes"))
+        yield
+
+
+def _torchlib(graph: fx.Graph) -> Iterator[SimpleNamespace]:
+    """torchlib's functions for the operators of a graph; all of them if some have none, and are to be decomposed."""
+    functions = dict(default_registry.items())
+    targets = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    names: set[str] = {target.name() for target in targets - set(TRANSLATIONS)}  # type: ignore[no-untyped-call]
+    whole = {**torch.export.default_decompositions(), **TRANSLATIONS}
+    if not names <= set(functions) or any(_must_decompose(target, whole) for target in targets):
+        names = {name for name in functions if not name.startswith("internal::")}
+    for name, overloaded in functions.items():
+        if name in names or name.startswith("prims::"):
+            for function in overloaded.overloads:
+                yield SimpleNamespace(qualified_name=name, function=function, is_complex=False)
+            for function in overloaded.complex:
+                yield SimpleNamespace(qualified_name=name, function=function, is_complex=True)
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    values = [each.meta.get("val") for each in (node, *node.all_input_nodes)] if node.op == "call_function" else []
+    return len({leaf.dtype for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)}) <= 1
 
 
 class _Exportable(ExportedProgram):
