@@ -1,7 +1,7 @@
 """mobilemix's passes before LiteRT: lower, convert with litert-torch, run, compare with PyTorch.
 
-Needs `pip install 'mobilemix[litert]'`. `mobilemix export --target litert` does more: passes for XNNPACK besides, float16
-and int8, metadata and labels, and verification of the file.
+Needs `pip install 'mobilemix[litert]'`. `mobilemix export --target litert` does more: passes for XNNPACK, float16 and
+int8, metadata and labels, and verification of the file.
 """
 
 import litert_torch
