@@ -278,6 +278,7 @@ class Worker:
             return self._failure(time.monotonic() - begin >= self.limit)
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         answer: Json = json.loads(line)
         return answer
 
