@@ -123,18 +123,33 @@ def request(edit: Edit, view: View, blocks: Sequence[Sequence[int]]) -> fx.Node:
     """A tensor of one axis per block of atoms (none: one element), copied only if the atoms lie in another order."""
     shape = [math.prod(view.atoms[atom] for atom in block) for block in blocks]
     order = [atom for block in blocks for atom in block]
-    if not view.is_stored(order):
-        runs = _runs(order)
-        stored = sorted(range(len(runs)), key=lambda run: runs[run][0])
-        sizes = [math.prod(view.atoms[atom] for atom in runs[run]) for run in stored]
-        constant = edit.constant(view.node)
-        permutation = [stored.index(run) for run in range(len(runs))]
-        if constant is not None:
-            tensor = constant.reshape(sizes).permute(permutation).reshape(shape)
-            return edit.add_constant(f"{edit.name(view.node)}_stored", tensor)
-        node = reshape(edit, view.node, sizes)
-        return reshape(edit, edit.emit(aten.permute.default, node, permutation), shape)
-    return reshape(edit, view.node, shape)
+    constant = edit.constant(view.node)
+    if constant is None and view.is_stored(order):
+        return reshape(edit, view.node, shape)
+    runs = _runs(order)
+    stored = sorted(range(len(runs)), key=lambda run: runs[run][0])
+    sizes = [math.prod(view.atoms[atom] for atom in runs[run]) for run in stored]
+    permutation = [stored.index(run) for run in range(len(runs))]
+    if constant is not None:
+        if view.is_stored(order) and list(constant.shape) == shape:
+            return view.node
+        tensor = constant.reshape(sizes).permute(permutation).reshape(shape)
+        return edit.add_constant(f"{edit.name(view.node)}_stored", tensor)
+    if (direct := _permutation(view.blocks(), blocks)) is not None:
+        return edit.emit(aten.permute.default, view.node, direct)
+    node = reshape(edit, view.node, sizes)
+    return reshape(edit, edit.emit(aten.permute.default, node, permutation), shape)
+
+
+def _permutation(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> list[int] | None:
+    """The order of the first blocks that makes the second, if they are the same."""
+    left = [list(block) for block in before]
+    if sorted(left) != sorted(map(list, after)):
+        return None
+    found: list[int] = []
+    for block in after:
+        found.append(next(k for k, mine in enumerate(left) if mine == list(block) and k not in found))
+    return found
 
 
 def reshape(edit: Edit, node: fx.Node, shape: Sequence[int]) -> fx.Node:
