@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -134,6 +134,35 @@ def reference(module: nn.Module, samples: Sequence[Inputs], complex_inputs: Coll
     except RuntimeError:
         # Code that writes out float32 somewhere meets float64 elsewhere; float32 throughout is what it was made for.
         return Reference(_evaluate(module, tensors, torch.float32), "float32")
+
+
+def program_reference(program: ExportedProgram, samples: Sequence[Inputs]) -> Reference:
+    """Run a lowered program likewise, node by node, without first making a module of it.
+
+    Args:
+        program: its outputs are the user's alone.
+        samples: one array for each of its inputs, in order.
+    """
+    held = {**program.constants, **program.state_dict}
+
+    def evaluate(dtype: torch.dtype) -> list[list[Array]]:
+        constants = [None if spec.target is None else _widen(held[spec.target], dtype) for spec in specs]
+
+        def answer(sample: Inputs) -> list[Array]:
+            given = (_widen(torch.from_numpy(value), dtype) for value in sample.values())
+            arguments = [next(given) if constant is None else constant for constant in constants]
+            with torch.no_grad():
+                outputs = fx.Interpreter(program.graph_module).run(*arguments, enable_io_processing=False)
+            return [leaf.numpy() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+        with _default_dtype(dtype):
+            return spread(answer, samples)
+
+    specs = program.graph_signature.input_specs
+    try:
+        return Reference(evaluate(torch.float64), "float64")
+    except RuntimeError:
+        return Reference(evaluate(torch.float32), "float32")
 
 
 def compare(outputs: Sequence[Sequence[Array]], expected: Sequence[Sequence[Array]]) -> Agreement:

@@ -131,7 +131,7 @@ def _noted(build: PackageRunner, sample: Inputs, answer: dict[str, Array]) -> It
 
 
 def _build_check(lowered: Lowered, answers: Sequence[Mapping[str, Array]], samples: Sequence[Inputs]) -> Check:
-    reference = parity.reference(lowered.program.module(), samples)
+    reference = parity.program_reference(lowered.program, samples)
     outputs = [[answer[name] for name in lowered.output_names] for answer in answers]
     error = parity.compare(outputs, reference.outputs).relative_l2
     return Check(
