@@ -77,13 +77,17 @@ def _prepared(program: ExportedProgram) -> ExportedProgram:
         decompositions = fx_infra.decomp.pre_convert_decomp()
         with _labelled(program):
             program = fx_infra.safe_run_decompositions(program, decompositions, can_skip=False)
-        return core._run_convert_passes(program)
+        traced: ExportedProgram = core._run_convert_passes(program)
+        return traced
     graph = copy.deepcopy(program.graph)
     for ours, theirs in zip(graph.nodes, program.graph.nodes, strict=True):
         ours.name = theirs.name  # a copy renames what is called like a builtin
         ours.meta["nn_module_stack"] = _label(theirs)
     module = fx.GraphModule(program.graph_module, graph)
-    return fx_infra.run_passes(program._update(module, program.graph_signature), [BuildAtenCompositePass()])
+    settled: ExportedProgram = fx_infra.run_passes(
+        program._update(module, program.graph_signature), [BuildAtenCompositePass()]
+    )
+    return settled
 
 
 def _is_settled(program: ExportedProgram) -> bool:

@@ -86,9 +86,7 @@ class _Layout:
             aten.batch_norm.default: self.batch_norm,
             aten.cat.default: self.concatenation,
             aten.slice.Tensor: self.slice,
-            aten.permute.default: lambda node: self.of(node.args[0]).permuted(
-                [axis % len(node_shape(node)) for axis in node.args[1]]  # type: ignore[union-attr]
-            ),
+            aten.permute.default: self.permute,
             aten.transpose.int: self.transpose,
             **dict.fromkeys(
                 (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int), self.reshape
@@ -147,7 +145,7 @@ class _Layout:
     # Convolutions and pools.
 
     def spatial(self, node: fx.Node) -> View | None:
-        x = self.of(node.args[0])
+        x = self.of(_args(node)[0])
         if len(x.axes) != 4:
             return None
         last = request(self.edit, x, x.permuted(_LAST).axes)
@@ -159,7 +157,7 @@ class _Layout:
     def global_pool(self, node: fx.Node) -> View | None:
         if node_shape(node)[2:] != (1, 1):
             return None
-        return self.reduce(self.of(node.args[0]), aten.mean.dim, (2, 3), True)
+        return self.reduce(self.of(_args(node)[0]), aten.mean.dim, (2, 3), True)
 
     def pointwise(self, node: fx.Node) -> View | None:
         values = arguments(node)
@@ -181,9 +179,9 @@ class _Layout:
         return self.map(x, len(x.axes) - 1, values["weight"], values["bias"])
 
     def product(self, node: fx.Node) -> View | None:
-        a, b = self.of(node.args[0]), self.of(node.args[1])
+        a, b = self.of(_args(node)[0]), self.of(_args(node)[1])
         constant = self.edit.constant(b.node)
-        if len(b.axes) == 2 and constant is not None and b.node is node.args[1]:
+        if len(b.axes) == 2 and constant is not None and b.node is _args(node)[1]:
             weight = self.edit.add_constant(f"{self.edit.name(b.node)}_transposed", constant.T)
             return self.map(a, len(a.axes) - 1, weight, None)
         if min(len(a.axes), len(b.axes)) < 2 or a.shape[:-2] != b.shape[:-2]:
@@ -201,19 +199,18 @@ class _Layout:
 
     def dot(self, a: View, b: View) -> View:
         """The product of two values, or that of their transposes, whichever copies less."""
-        turned = lambda view: view.permuted([*range(len(view.axes) - 2), -1, -2])  # noqa: E731
-        straight = _cost(a) + min(_cost(b), _cost(turned(b)))
-        swapped = _cost(turned(b)) + min(_cost(a), _cost(turned(a)))
+        straight = _cost(a) + min(_cost(b), _cost(_turned(b)))
+        swapped = _cost(_turned(b)) + min(_cost(a), _cost(_turned(a)))
         if swapped < straight:
-            result = self.dot_stored(turned(b), turned(a))
-            return turned(result)
+            result = self.dot_stored(_turned(b), _turned(a))
+            return _turned(result)
         return self.dot_stored(a, b)
 
     def dot_stored(self, a: View, b: View) -> View:
         batch = [atom for axis in a.axes[:-2] for atom in axis]
         left = request(self.edit, a, [batch, *a.axes[-2:]])
         others = [atom for axis in b.axes[:-2] for atom in axis]
-        if _cost(b.permuted([*range(len(b.axes) - 2), -1, -2])) < _cost(b):
+        if _cost(_turned(b)) < _cost(b):
             right = request(self.edit, b, [others, b.axes[-1], b.axes[-2]])
             right = self.edit.emit(aten.transpose.int, right, 1, 2)
         else:
@@ -263,19 +260,19 @@ class _Layout:
     # Elementwise operators and reductions.
 
     def unary(self, node: fx.Node) -> View | None:
-        if node.all_input_nodes != [node.args[0]]:
+        if node.all_input_nodes != [_args(node)[0]]:
             return None
-        x = self.of(node.args[0])
-        result = self.edit.emit(node.target, x.node, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+        x = self.of(_args(node)[0])
+        result = self.edit.emit(node.target, x.node, *_args(node)[1:], **node.kwargs)
         return dataclasses.replace(x, node=result)
 
     def binary(self, node: fx.Node) -> View | None:
-        if len(node.all_input_nodes) == 1 and not all(isinstance(item, fx.Node) for item in node.args[:2]):
-            operands = [item if not isinstance(item, fx.Node) else self.of(item).node for item in node.args[:2]]
+        if len(node.all_input_nodes) == 1 and not all(isinstance(item, fx.Node) for item in _args(node)[:2]):
+            operands = [item if not isinstance(item, fx.Node) else self.of(item).node for item in _args(node)[:2]]
             x = self.of(node.all_input_nodes[0])
             return dataclasses.replace(x, node=self.emit_binary(node, operands))
         shape = node_shape(node)
-        views = [_padded(self.of(item), len(shape)) for item in node.args[:2]]
+        views = [_padded(self.of(item), len(shape)) for item in _args(node)[:2]]
         leaders = [position for position, view in enumerate(views) if view.shape == shape]
         if not leaders:
             return None
@@ -301,7 +298,7 @@ class _Layout:
         return dataclasses.replace(anchor, node=self.emit_binary(node, operands if lead == 0 else operands[::-1]))
 
     def emit_binary(self, node: fx.Node, operands: Sequence[Any]) -> fx.Node:
-        return self.edit.emit(node.target, *operands, *node.args[2:], **node.kwargs)  # type: ignore[arg-type]
+        return self.edit.emit(node.target, *operands, *_args(node)[2:], **node.kwargs)
 
     def leader(self, views: Sequence[View], candidates: Sequence[int]) -> int:
         """Whose order the result is stored in: no constant's; of images channels last, of tokens as they are."""
@@ -336,10 +333,10 @@ class _Layout:
         return stored_as(node, View(x.node, x.atoms, tuple(axes)), kept)
 
     def softmax(self, node: fx.Node) -> View | None:
-        x = self.of(node.args[0])
-        axis = int(node.args[1]) % len(x.axes)  # type: ignore[arg-type]
+        x = self.of(_args(node)[0])
+        axis = int(_args(node)[1]) % len(x.axes)
         inner = list(x.axes[axis])
-        if node.kwargs.get("dtype") is not None or (len(node.args) > 2 and node.args[2] not in (None, False)):
+        if node.kwargs.get("dtype") is not None or (len(_args(node)) > 2 and _args(node)[2] not in (None, False)):
             return None
         if not inner:
             return None
@@ -394,19 +391,23 @@ class _Layout:
 
     # What only says which numbers, and in which order.
 
+    def permute(self, node: fx.Node) -> View:
+        x, order = self.of(_args(node)[0]), arguments(node)["dims"]
+        return x.permuted([axis % len(x.axes) for axis in order])
+
     def transpose(self, node: fx.Node) -> View:
-        x = self.of(node.args[0])
+        x = self.of(_args(node)[0])
         order = list(range(len(x.axes)))
-        a, b = (int(axis) % len(order) for axis in node.args[1:3])  # type: ignore[arg-type]
+        a, b = (int(axis) % len(order) for axis in _args(node)[1:3])
         order[a], order[b] = order[b], order[a]
         return x.permuted(order)
 
     def reshape(self, node: fx.Node) -> View | None:
-        return self.of(node.args[0]).reshaped(node_shape(node))
+        return self.of(_args(node)[0]).reshaped(node_shape(node))
 
     def item(self, node: fx.Node) -> View | None:
-        parts = self.parts.get(node.args[0])  # type: ignore[arg-type]
-        return parts[int(node.args[1])] if parts else None  # type: ignore[arg-type]
+        parts = self.parts.get(_args(node)[0])
+        return parts[int(_args(node)[1])] if parts else None
 
     def slice(self, node: fx.Node) -> View | None:
         values = arguments(node)
@@ -422,7 +423,7 @@ class _Layout:
         return self.cut(x, axis, start, end)
 
     def split(self, node: fx.Node) -> bool:
-        x = self.of(node.args[0])
+        x = self.of(_args(node)[0])
         axis = int(arguments(node)["dim"]) % len(x.axes)
         bounds = list(itertools.accumulate((value.shape[axis] for value in node.meta["val"]), initial=0))
         parts = [self.cut(x, axis, start, end) for start, end in itertools.pairwise(bounds)]
@@ -441,7 +442,7 @@ class _Layout:
         return _resized(x, axis, end - start, node)
 
     def concatenation(self, node: fx.Node) -> View | None:
-        views = [self.of(item) for item in node.args[0]]  # type: ignore[union-attr]
+        views = [self.of(item) for item in _args(node)[0]]
         rank = len(node_shape(node))
         axis = int(arguments(node)["dim"]) % rank
         if any(len(view.axes) != rank for view in views):
@@ -481,6 +482,16 @@ def _cost(view: View) -> int:
     """Numbers to copy until a value is stored as it is."""
     order = [atom for axis in view.axes for atom in axis]
     return 0 if view.is_stored(order) else math.prod(view.atoms)
+
+
+def _turned(matrix: View) -> View:
+    """Its transpose."""
+    return matrix.permuted([*range(len(matrix.axes) - 2), -1, -2])
+
+
+def _args(node: fx.Node) -> Sequence[Any]:
+    """Its positional arguments."""
+    return node.args
 
 
 def _has_own_axes(x: View, axis: int) -> bool:
