@@ -274,8 +274,11 @@ def plot(results: list[Json], path: Path) -> None:
             ]
             style = {"color": f"C{index}", "marker": marker, "s": 28, "linewidths": 0.8, "zorder": 2}
             axis.scatter(*zip(*points, strict=True) if points else ([], []), label=PEERS[peer].title, **style)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axis.set_xscale("log")
+        limits = axis.get_xlim()
+        axis.set_xticks(TICKS, [f"{value:g}×" for value in TICKS])
+        axis.minorticks_off()
+        axis.set_xlim(*limits)
         axis.set_yticks(range(len(models)), models)
         axis.set_title(f"{number} thread{'s' * (number > 1)}")
         axis.grid(axis="y", color="0.9", zorder=0)
@@ -288,11 +291,13 @@ def plot(results: list[Json], path: Path) -> None:
     plt.close(figure)
 
 
+TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8)
 MARKERS = {
     "eager": "o",
     "compile": "s",
     "onnxruntime": "^",
     "onnxsim": "v",
+    "matmuls": "<",
     "openvino": "D",
     "ncnn": "P",
     "litert": "X",

@@ -384,13 +384,23 @@ PEERS: dict[str, Peer] = {
         "torch.onnx.export → ONNX Runtime", "onnxruntime", load_onnxruntime, export_stock, file="model.onnx"
     ),
     "onnxsim": Peer(
-        "… and onnxsim", "onnxsim", load_onnxruntime, simplify, starts_from="onnxruntime", file="model.onnx"
+        "torch.onnx.export, onnxsim → ONNX Runtime",
+        "onnxsim",
+        load_onnxruntime,
+        simplify,
+        starts_from="onnxruntime",
+        file="model.onnx",
     ),
     "onnxslim": Peer(
-        "… and onnxslim", "onnxslim", load_onnxruntime, slim, starts_from="onnxruntime", file="model.onnx"
+        "torch.onnx.export, onnxslim → ONNX Runtime",
+        "onnxslim",
+        load_onnxruntime,
+        slim,
+        starts_from="onnxruntime",
+        file="model.onnx",
     ),
     "matmuls": Peer(
-        "separable matmuls by hand, and onnxsim",
+        "matmuls by hand, onnxsim → ONNX Runtime",
         "onnxsim",
         load_onnxruntime,
         export_matmuls,

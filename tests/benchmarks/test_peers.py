@@ -80,7 +80,7 @@ def test_a_wrong_answer_is_marked_and_never_the_best():
 def test_the_summary_has_the_best_peer_and_ratios():
     one = result(**{"mobilemix-onnx": row([4]), "mobilemix-litert": row([3]), "onnxsim": row([6]), "eager": row([8])})
     found = cells(peers_report.summary([one]), "casvit_xs")
-    assert found[2:6] == ["4.00", "3.00", "… and onnxsim", "6.00"]
+    assert found[2:6] == ["4.00", "3.00", "torch.onnx.export, onnxsim → ONNX Runtime", "6.00"]
     assert [cell.split()[0] for cell in found[6:]] == ["2.00", "1.50", "2.00"]
 
 
