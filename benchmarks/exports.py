@@ -1,7 +1,7 @@
 """What an export costs and how closely it matches: every backbone × deployment, each in a process of its own.
 
     python benchmarks/exports.py                  # every model; writes docs/exports.md
-    python benchmarks/exports.py affnet_et        # some models; prints the table only
+    python benchmarks/exports.py affnet_et        # some models; prints the tables only
 
 Seconds are wall time of the whole command, Python's start and verification included; memory is its peak resident set.
 Run it on a machine with nothing else to do. Weights are generated (`tests/models_checks.py`), because fresh ones have
@@ -34,6 +34,8 @@ HEADINGS = (
     "1 − cosine",
     "top-1",
 )
+STAGES = ("load", "capture", "rewrite", "compile", "verify")
+STAGE_HEADINGS = ("model", "target", "precision", "imports, rest", *STAGES, "seconds")
 
 
 def main() -> None:
@@ -41,16 +43,20 @@ def main() -> None:
     from mobilemix.models.registry import MODELS
 
     names = sys.argv[1:] or list(MODELS)
-    rows = [HEADINGS, tuple("---" for _ in HEADINGS)]
-    print(line(rows[0]), line(rows[1]), sep="\n", flush=True)
+    rows, stages = head(HEADINGS), head(STAGE_HEADINGS)
+    print(*map(line, rows), sep="\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             weights = [] if MODELS[name].weights else ["--weights", checkpoint(name, Path(folder))]
             for target, precision in DEPLOYMENTS:
-                rows.append(measure(name, target, precision, weights, folder))
-                print(line(rows[-1]), flush=True)
+                row, seconds = measure(name, target, precision, weights, folder)
+                rows.append(row)
+                stages.append(seconds)
+                print(line(row), flush=True)
+    print("", *map(line, stages), sep="\n", flush=True)
     if not sys.argv[1:]:
-        text = HEADER.format(machine=machine(), table="\n".join(map(line, rows)))
+        tables = {"table": "\n".join(map(line, rows)), "stages": "\n".join(map(line, stages))}
+        text = HEADER.format(machine=machine(), **tables)
         (ROOT / "docs" / "exports.md").write_text(text, encoding="utf-8")
 
 
@@ -61,8 +67,15 @@ def checkpoint(name: str, folder: Path) -> str:
     return str(generate(name, folder))
 
 
-def measure(name: str, target: str, precision: str, weights: list[str], folder: str) -> tuple[str, ...]:
-    """One row: runs the command line and reads its JSON."""
+def head(headings: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The first two lines of a Markdown table."""
+    return [headings, tuple("---" for _ in headings)]
+
+
+def measure(
+    name: str, target: str, precision: str, weights: list[str], folder: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """One row of each table: runs the command line and reads its JSON."""
     arguments = ["export", name, "-t", target, "--precision", precision, "-o", f"{folder}/out", "--json", *weights]
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -73,10 +86,12 @@ def measure(name: str, target: str, precision: str, weights: list[str], folder: 
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:
-        return (name, target, precision, f"failed: {error.strip()}", *[""] * (len(HEADINGS) - 4))
+        failed = (name, target, precision, f"failed: {error.strip()}")
+        return (*failed, *[""] * (len(HEADINGS) - 4)), (*failed, *[""] * (len(STAGE_HEADINGS) - 4))
     manifest = json.loads(out)[0]["manifest"]
     agreement = manifest["parity"]["agreement"].values()
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    stages = [manifest["seconds"][stage] for stage in STAGES]
     return (
         name,
         target,
@@ -89,7 +104,7 @@ def measure(name: str, target: str, precision: str, weights: list[str], folder: 
         f"{max(one['relative_l2'] for one in agreement):.1e}",
         f"{max(0.0, 1 - min(one['cosine'] for one in agreement)):.1e}",
         f"{min(one['top1'] for one in agreement):.0%}",
-    )
+    ), (name, target, precision, *(f"{each:.1f}" for each in (seconds - sum(stages), *stages, seconds)))
 
 
 def machine() -> str:
@@ -119,6 +134,13 @@ With a gain of 1, activations grow from layer to layer, and so do rounding error
 from PyTorch.
 
 {table}
+
+## Where the seconds go
+
+By stage, as the manifest has them; the rest is starting Python, importing torch and the target's compiler, and writing.
+`verify` has the source model in float64 as well; for Core ML in fp16 it has a second conversion, in fp32.
+
+{stages}
 """
 
 if __name__ == "__main__":
