@@ -87,6 +87,33 @@ class _Sequence(nn.Module):
         return (state @ c).reshape(x.shape[0], 6, *x.shape[2:])
 
 
+class _Windows(nn.Module):
+    """Operators with and without rules, and reshapes that split, merge and reorder axes between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.inner = nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.BatchNorm2d(8)
+        self.up, self.mix, self.map = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 8)
+        self.double()
+        self.inner.running_mean.fill_(0.3)  # type: ignore[union-attr, operator]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        b = x.shape[0]
+        x = self.norm(self.stem(x))
+        x = torch.cat([x, self.up(x)[:, :, ::2, ::2]], 1).chunk(2, 1)[1] * x
+        x = self.inner(F.pad(F.avg_pool2d(F.interpolate(x, scale_factor=2.0), 2), (1, 0, 0, 1)))[..., 1:, :-1]
+        windows = x.reshape(b, 8, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(b * 4, 16, 8)
+        windows = self.map(windows) + windows.mean(1, keepdim=True)
+        x = windows.reshape(b, 2, 2, 4, 4, 8).permute(0, 5, 1, 3, 2, 4).reshape(b, 8, 8, 8)
+        tokens = self.mix(x.flatten(2)).transpose(1, 2)
+        return tokens.amax(1), torch.einsum("bchw,bdhw->bcd", x, x), x.mean(1).sum(-1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_windows(batch: int) -> None:
+    _lowered(_Windows(), _image(batch, 3, 16, 16))
+
+
 def test_gates_residuals_and_concatenations_copy_nothing() -> None:
     _, counts = _lowered(_Residual(), _image(1, 3, 8, 8))
     assert _free(counts, images=2) == 1  # the input
