@@ -134,6 +134,13 @@ class Heads(Several):
         return self.fc(x).unflatten(-1, (2, 2)) * torch.tensor([[0.5], [2.0]])
 
 
+class Inverse(Several):
+    """Factors whose product is one but for the last bits."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return (x * 0.5).unsqueeze(0) * 2.0001
+
+
 class Logits(Several):
     """As large a factor as cosine attention has."""
 
@@ -142,7 +149,9 @@ class Logits(Several):
 
 
 @pytest.mark.parametrize(
-    "module", [Several(), Nonlinear(), Negative(), Squared(), Heads(), Logits()], ids=lambda m: type(m).__name__
+    "module",
+    [Several(), Nonlinear(), Negative(), Squared(), Heads(), Inverse(), Logits()],
+    ids=lambda m: type(m).__name__,
 )
 def test_what_weights_cannot_do_stays(module: nn.Module) -> None:
     assert_untouched(FoldScales(), module, torch.randn(4, 4))
