@@ -37,8 +37,8 @@ from rich.progress import Progress
 
 from mobilemix.models.registry import MODELS
 
-THREADS, ROUNDS = (1, 2), 12
-BLOCK_SECONDS = 0.2
+THREADS, ROUNDS = (1, 2), 10
+BLOCK_SECONDS = 0.12
 CONVERSION_SECONDS, ANSWER_SECONDS = 1200, 180
 """Time limits."""
 

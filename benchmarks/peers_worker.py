@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-WARM_UP_RUNS, LEAST_RUNS = 2, 3
+WARM_UP_RUNS, LEAST_RUNS = 1, 3
 
 
 def main() -> None:
