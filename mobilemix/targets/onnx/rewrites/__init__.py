@@ -13,6 +13,7 @@ from mobilemix.targets.onnx.rewrites import (
     depthwise_channels,
     gelu,
     global_average_pool,
+    heads,
     image_convs,
     separate_convs,
     tokens,
@@ -56,6 +57,7 @@ PASSES: tuple[Callable[[ir.Model], object], ...] = (
     _settle(image_convs.RESHAPES),
     _settle(depthwise_channels.CONVS),
     _settle(depthwise_channels.SPLITS),
+    _settle(heads.RULES),
     common.RemoveUnusedNodesPass(),
     # The rest is names and order: every constant an initialiser, once; one node for equal ones.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

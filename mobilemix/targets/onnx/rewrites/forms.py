@@ -7,8 +7,11 @@ new measurement. docs/forms.md has its table.
 CHANNEL_MULTIPLE = 4
 """Depthwise convolutions of other numbers of channels run outside the layout of the convolutions around them."""
 
-POSITIONS_AS_ROWS = 64
+POSITIONS_AS_ROWS = 49
 """Up to so many positions, a matrix product with packed weights beats a convolution of the sequence."""
+
+HEAD_BYTES = 2 << 20
+"""From so many bytes of weights on, more than a core's own cache holds, one row's linear map is a convolution."""
 
 
 def missing_channels(channels: int) -> int:
@@ -19,3 +22,8 @@ def missing_channels(channels: int) -> int:
 def is_product(positions: int) -> bool:
     """Whether to write a pointwise convolution of a sequence of so many positions as a matrix product."""
     return positions <= POSITIONS_AS_ROWS
+
+
+def is_head(rows: int, weight_bytes: int) -> bool:
+    """Whether to write a linear map of so many rows as a convolution of one pixel."""
+    return rows == 1 and weight_bytes >= HEAD_BYTES
