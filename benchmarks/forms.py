@@ -470,9 +470,9 @@ def main() -> None:
         raise SystemExit("\n".join(slower) if slower else 0)
     if not arguments.only:
         stated = f"ONNX Runtime {ort.__version__}, {platform.machine()}, Python {platform.python_version()}."
-        marker = r"(<!-- forms -->\n).*(\n<!-- end -->)"
+        marker = r"(<!-- forms -->\n).*(<!-- end -->)"
         page = PAGE.read_text()
-        PAGE.write_text(re.sub(marker, lambda found: f"{found[1]}{stated}\n\n{text}{found[2]}", page, flags=re.DOTALL))
+        PAGE.write_text(re.sub(marker, lambda found: f"{found[1]}{stated}\n\n{text}\n{found[2]}", page, flags=re.DOTALL))
 
 
 if __name__ == "__main__":
