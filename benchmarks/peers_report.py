@@ -317,8 +317,8 @@ medians, and its interval holds 95 % of the ratios of resampled rounds: above 1,
 All outputs are compared with the model in float64 (`relative L2`); a peer that computes something else, or that cannot
 take the model, is a row that says so. `share of sgemm peak` counts the multiply-adds that papers count (`mobilemix
 models`), FFTs none, against the fastest product of two matrices of the same run. `peak MB` is the process's largest
-resident memory, Python included; `load s` is from import to first answer. Weights are generated, as in
-[exports.md](exports.md).
+resident memory, Python included; `load s` is from import to first answer; `conversion s` is of when the file
+was made, which may have been in an earlier run beside other work. Weights are generated, as in [exports.md](exports.md).
 
 ## Summary
 
