@@ -472,7 +472,8 @@ def main() -> None:
         stated = f"ONNX Runtime {ort.__version__}, {platform.machine()}, Python {platform.python_version()}."
         marker = r"(<!-- forms -->\n).*(<!-- end -->)"
         page = PAGE.read_text()
-        PAGE.write_text(re.sub(marker, lambda found: f"{found[1]}{stated}\n\n{text}\n{found[2]}", page, flags=re.DOTALL))
+        table_of = f"{stated}\n\n{text}\n"
+        PAGE.write_text(re.sub(marker, lambda found: found[1] + table_of + found[2], page, flags=re.DOTALL))
 
 
 if __name__ == "__main__":
