@@ -318,7 +318,8 @@ All outputs are compared with the model in float64 (`relative L2`); a peer that 
 take the model, is a row that says so. `share of sgemm peak` counts the multiply-adds that papers count (`mobilemix
 models`), FFTs none, against the fastest product of two matrices of the same run. `peak MB` is the process's largest
 resident memory, Python included; `load s` is from import to first answer; `conversion s` is of when the file
-was made, which may have been in an earlier run beside other work. Weights are generated, as in [exports.md](exports.md).
+was made, which may have been in an earlier run beside other work. Weights are generated, as in
+[exports.md](exports.md).
 
 ## Summary
 
