@@ -61,6 +61,7 @@ def check(
 
 @pytest.fixture(scope="module")
 def tiny() -> nn.Module:
+    torch.manual_seed(0)  # what three bits leave of a model depends on its weights
     return seeded(Tiny())
 
 
