@@ -67,7 +67,7 @@ def tables(results: list[Json]) -> str:
 
 SUMMARY = (
     *("model", "threads", "mobilemix → ONNX Runtime", "→ LiteRT", "best peer", "its ms", "best peer ÷ best of ours"),
-    *("stock + onnxsim ÷ ONNX Runtime", "eager ÷ ONNX Runtime"),
+    *("stock + onnxsim ÷ ONNX Runtime", "÷ best of ours", "eager ÷ ONNX Runtime"),
 )
 
 
@@ -87,6 +87,7 @@ def summary(results: list[Json]) -> str:
                 latency(peers.get(theirs)),
                 versus(peers.get(theirs), peers.get(ours)),
                 versus(peers.get(SIMPLIFIED), peers.get(OURS)),
+                versus(peers.get(SIMPLIFIED), peers.get(ours)),
                 versus(peers.get(EAGER), peers.get(OURS)),
             )
         )
@@ -95,7 +96,7 @@ def summary(results: list[Json]) -> str:
 
 DETAILS = (
     *("{threads} thread(s)", "ms", "÷ mobilemix → ONNX Runtime", "share of sgemm peak", "relative L2"),
-    *("peak MB", "load s", "file MB", "conversion s"),
+    *("peak MB", "load s", "file MB"),
 )
 
 
@@ -110,10 +111,9 @@ def details(result: Json) -> str:
 def detail(peer: str, row: Json, result: Json) -> tuple[str, ...]:
     """One row; for one that failed, why."""
     title = f"**{PEERS[peer].title}**" if PEERS[peer].ours else PEERS[peer].title
-    converted = f"{row['seconds']:.1f}" if "seconds" in row else "–"
     size = f"{row['bytes'] / 1e6:.1f}" if row.get("bytes") else "–"
     if "failed" in row:
-        return (title, f"refused: {cut(row['failed'])}", *["–"] * 5, size, converted)
+        return (title, f"refused: {cut(row['failed'])}", *["–"] * 5, size)
     median = float(np.median(milliseconds(row)))
     share = 2 * result["macs"] / (1e-3 * median) / peak(result)
     error = f"{row['error']:.0e}" if ran(row) else f"**wrong**, {row['error']:.0e}"
@@ -126,7 +126,6 @@ def detail(peer: str, row: Json, result: Json) -> tuple[str, ...]:
         f"{row['peak'] / 1e6:.0f}",
         f"{row['load']:.2f}",
         size,
-        converted,
     )
 
 
@@ -182,7 +181,7 @@ def digest(results: list[Json]) -> list[Json]:
     for result in results:
         for peer, row in result["peers"].items():
             record = {"model": result["model"], "threads": result["threads"], "peer": peer}
-            record |= {key: row[key] for key in ("failed", "error", "peak", "load", "bytes", "seconds") if key in row}
+            record |= {key: row[key] for key in ("failed", "error", "peak", "load", "bytes") if key in row}
             if "failed" not in row:
                 record["ms"] = round(float(np.median(milliseconds(row))), 3)
                 if ran(result["peers"].get(OURS)):
@@ -317,9 +316,8 @@ medians, and its interval holds 95 % of the ratios of resampled rounds: above 1,
 All outputs are compared with the model in float64 (`relative L2`); a peer that computes something else, or that cannot
 take the model, is a row that says so. `share of sgemm peak` counts the multiply-adds that papers count (`mobilemix
 models`), FFTs none, against the fastest product of two matrices of the same run. `peak MB` is the process's largest
-resident memory, Python included; `load s` is from import to first answer; `conversion s` is of when the file
-was made, which may have been in an earlier run beside other work. Weights are generated, as in
-[exports.md](exports.md).
+resident memory, Python included; `load s` is from import to first answer. Weights are generated, as in
+[exports.md](exports.md), which has the seconds that an export takes.
 
 ## Summary
 
