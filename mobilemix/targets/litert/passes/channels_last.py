@@ -34,6 +34,7 @@ SPATIAL = (
 """Operators of images: each is left between two permutations."""
 _BINARY = frozenset({"add", "mul", "sub", "div", "maximum", "minimum"})
 _LAST, _FIRST = (0, 2, 3, 1), (0, 3, 1, 2)  # of an image: where channels come from, and where they go back to
+_SMALL = 2.0**-5  # what is squared is scaled by; a power of two, so that nothing is rounded
 _NARROW = 8  # below so many columns a product from the left costs more than a transposition
 
 
@@ -347,7 +348,11 @@ class _Layout:
         return stored_as(result, x, blocks)
 
     def group_norm(self, node: fx.Node) -> View | None:
-        """One group: mean and variance are those of everything in a sample."""
+        """One group: mean and variance are those of everything in a sample.
+
+        Scaled down before it is squared, and eps with it, which changes nothing: float16, in which GPUs may compute,
+        holds no square of 256.
+        """
         values = arguments(node)
         x = self.of(values["input"])
         if values["num_groups"] != 1 or x.axes[0] or not _has_own_axes(x, 1):
@@ -356,9 +361,9 @@ class _Layout:
         every = list(range(len(blocks)))
         emit = self.edit.emit
         mean = emit(aten.mean.dim, x.node, every, True)
-        centred = emit(aten.sub.Tensor, x.node, mean)
+        centred = emit(aten.mul.Tensor, emit(aten.sub.Tensor, x.node, mean), _SMALL)
         variance = emit(aten.mean.dim, emit(aten.mul.Tensor, centred, centred), every, True)
-        scale = emit(aten.rsqrt.default, emit(aten.add.Tensor, variance, values["eps"]))
+        scale = emit(aten.rsqrt.default, emit(aten.add.Tensor, variance, _SMALL**2 * values["eps"]))
         weight, bias = (self.per_channel(x, values[name]) for name in ("weight", "bias"))
         result = emit(aten.mul.Tensor, centred, scale if weight is None else emit(aten.mul.Tensor, weight, scale))
         return dataclasses.replace(x, node=result if bias is None else emit(aten.add.Tensor, result, bias))
