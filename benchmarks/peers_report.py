@@ -311,8 +311,8 @@ Made by `python benchmarks/peers.py` on {machine}.
 
 Latencies are of one image, float32, from an array to an array. Each runtime × model × number of threads is a process
 in the peer's own environment, pinned to as many cores as threads and stopped whenever it is not its turn; turns are
-blocks of runs, in {rounds} rounds of random order. `ms` is the median over rounds of a round's median. A ratio is of such
-medians, and its interval holds 95 % of the ratios of resampled rounds: above 1, the row is slower than ours.
+blocks of runs, in {rounds} rounds of random order. `ms` is the median over rounds of a round's median. A ratio is of
+such medians, and its interval holds 95 % of the ratios of resampled rounds: above 1, the row is slower than ours.
 
 All outputs are compared with the model in float64 (`relative L2`); a peer that computes something else, or that cannot
 take the model, is a row that says so. `share of sgemm peak` counts the multiply-adds that papers count (`mobilemix
