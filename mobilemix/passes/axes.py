@@ -28,7 +28,7 @@ def axis_after(node: fx.Node, axis: int) -> int | None:
     assert isinstance(x, fx.Node)
     if node.target in RESHAPES:
         return _regrouped(node_shape(x), node_shape(node), axis)
-    order = _order(node)
+    order = permutation(node)
     return order.index(axis) if order else None
 
 
@@ -38,16 +38,16 @@ def axis_before(node: fx.Node, axis: int) -> int | None:
     assert isinstance(x, fx.Node)
     if node.target in RESHAPES:
         return _regrouped(node_shape(node), node_shape(x), axis)
-    order = _order(node)
+    order = permutation(node)
     return order[axis] if order else None
 
 
 def only_moves(node: fx.Node) -> bool:
     """Whether a node puts the values of its first operand into another shape or order."""
-    return node.target in RESHAPES or bool(_order(node))
+    return node.target in RESHAPES or bool(permutation(node))
 
 
-def _order(node: fx.Node) -> list[int]:
+def permutation(node: fx.Node) -> list[int]:
     """The axes of the operand that the axes of a transposition come from; none for any other node."""
     if node.target is aten.permute.default:
         return [axis % len(node_shape(node)) for axis in arguments(node)["dims"]]

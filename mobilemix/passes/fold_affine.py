@@ -118,13 +118,9 @@ def _concatenation(edit: Edit, node: fx.Node, value: fx.Node, found: Affine) -> 
     if found.axis not in (None, axis):
         return None
     part = found.along(axis, node_shape(value)[axis])
-    one, zero = torch.ones_like, torch.zeros_like
-    scales, shifts = [], []
-    for item in parts:
-        size = node_shape(item)[axis]
-        other = torch.ones(size, dtype=torch.float64)
-        scales.append(part.scale if item is value else one(other))
-        shifts.append(part.shift if item is value else zero(other))
+    others = [torch.ones(node_shape(item)[axis], dtype=torch.float64) for item in parts]
+    scales = [part.scale if item is value else ones for item, ones in zip(parts, others, strict=True)]
+    shifts = [part.shift if item is value else 0 * ones for item, ones in zip(parts, others, strict=True)]
     whole = dataclasses.replace(part, scale=torch.cat(scales), shift=torch.cat(shifts))
     return readers_of(edit, node, whole)
 

@@ -12,7 +12,9 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from mobilemix.passes.axes import RESHAPES, permutation
 from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
+from mobilemix.passes.channels import batch_norm
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.elementwise import UNARY
 from mobilemix.targets.litert.passes.views import (
@@ -87,14 +89,8 @@ class _Layout:
             aten.batch_norm.default: self.batch_norm,
             aten.cat.default: self.concatenation,
             aten.slice.Tensor: self.slice,
-            aten.permute.default: self.permute,
-            aten.transpose.int: self.transpose,
-            **dict.fromkeys(
-                (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int), self.reshape
-            ),
-            **dict.fromkeys(
-                (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default), self.reshape
-            ),
+            **dict.fromkeys((aten.permute.default, aten.transpose.int), self.permute),
+            **dict.fromkeys(RESHAPES, self.reshape),
             operator.getitem: self.item,
         }
 
@@ -370,17 +366,12 @@ class _Layout:
 
     def batch_norm(self, node: fx.Node) -> View | None:
         """One that no convolution took: a multiplication and an addition."""
-        values = arguments(node)
-        x = self.of(values["input"])
-        if values["training"] or values["running_mean"] is None or not _has_own_axes(x, 1):
+        x, found = self.of(_args(node)[0]), batch_norm(self.edit, node)
+        if found is None or not _has_own_axes(x, 1):
             return None
-        mean, variance = (self.constant(values[name]).double() for name in ("running_mean", "running_var"))
-        factor = (variance + values["eps"]).rsqrt()
-        factor = factor if values["weight"] is None else factor * self.constant(values["weight"]).double()
-        shift = -mean * factor if values["bias"] is None else self.constant(values["bias"]).double() - mean * factor
-        name, dtype = self.edit.name(values["running_mean"]), node.meta["val"].dtype
+        name, dtype = self.edit.name(arguments(node)["running_mean"]), node.meta["val"].dtype
         result = x.node
-        for op, label, vector in ((aten.mul.Tensor, "factor", factor), (aten.add.Tensor, "shift", shift)):
+        for op, label, vector in ((aten.mul.Tensor, "factor", found.scale), (aten.add.Tensor, "shift", found.shift)):
             operand = self.per_channel(x, self.edit.add_constant(f"{name}_{label}", vector.to(dtype)))
             result = self.edit.emit(op, result, operand)
         return dataclasses.replace(x, node=result)
@@ -397,15 +388,7 @@ class _Layout:
     # What only says which numbers, and in which order.
 
     def permute(self, node: fx.Node) -> View:
-        x, order = self.of(_args(node)[0]), arguments(node)["dims"]
-        return x.permuted([axis % len(x.axes) for axis in order])
-
-    def transpose(self, node: fx.Node) -> View:
-        x = self.of(_args(node)[0])
-        order = list(range(len(x.axes)))
-        a, b = (int(axis) % len(order) for axis in _args(node)[1:3])
-        order[a], order[b] = order[b], order[a]
-        return x.permuted(order)
+        return self.of(_args(node)[0]).permuted(permutation(node))
 
     def reshape(self, node: fx.Node) -> View | None:
         return self.of(_args(node)[0]).reshaped(node_shape(node))
@@ -420,11 +403,7 @@ class _Layout:
         if values["step"] != 1:
             return None
         axis = values["dim"] % len(x.axes)
-        size = x.shape[axis]
-        start, end = (
-            min(max(place + size if place < 0 else place, 0), size)
-            for place in (values["start"] or 0, size if values["end"] is None else values["end"])
-        )
+        start, end, _ = slice(values["start"], values["end"]).indices(x.shape[axis])
         return self.cut(x, axis, start, end)
 
     def split(self, node: fx.Node) -> bool:
