@@ -62,3 +62,8 @@ class MissingDependencyError(MobilemixError):
     def __init__(self, package: str, purpose: str, extra: str) -> None:
         """Name the package, what needs it, and the extra that installs it."""
         super().__init__(f"{purpose} needs {package}, which is not installed; pip install 'mobilemix[{extra}]'")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of native code says before its stack trace or details."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

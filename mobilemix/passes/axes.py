@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from mobilemix.passes.base import arguments, node_shape
+from mobilemix.passes.base import arguments, node_shape, operand
 
 aten = torch.ops.aten
 
@@ -20,12 +20,12 @@ RESHAPES = (
     aten.squeeze.default,
     aten.unsqueeze.default,
 )
+SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 
 def axis_after(node: fx.Node, axis: int) -> int | None:
     """Where a node puts an axis of its first operand; None if it does not only move values, or splits the axis."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     if node.target in RESHAPES:
         return _regrouped(node_shape(x), node_shape(node), axis)
     order = permutation(node)
@@ -34,8 +34,7 @@ def axis_after(node: fx.Node, axis: int) -> int | None:
 
 def axis_before(node: fx.Node, axis: int) -> int | None:
     """Where an axis of a node comes from in its first operand; None as for `axis_after`."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
+    x = operand(node)
     if node.target in RESHAPES:
         return _regrouped(node_shape(node), node_shape(x), axis)
     order = permutation(node)

@@ -91,6 +91,13 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return values
 
 
+def operand(node: fx.Node) -> fx.Node:
+    """The first operand of a node, which is a value."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
 def node_shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's value."""
     return tuple(node.meta["val"].shape)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from mobilemix.passes.axes import axis_before, only_moves
-from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
+from mobilemix.passes.axes import SPLITS, axis_before, only_moves
+from mobilemix.passes.base import Pass, PassResult, arguments, node_shape, operand
 from mobilemix.passes.channels import Affine, affine
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.fold_affine import let_read, readers_of
@@ -19,7 +19,6 @@ from mobilemix.passes.maps import channel_axis, fits_half, is_map, output_scaled
 aten = torch.ops.aten
 
 _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
-_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 HEADROOM = 8.0
 """By how much a value on the way may become larger than it was: three bits of float16's range."""
@@ -119,11 +118,11 @@ def _writers(
         return _map(edit, node, scale, axis)
     if only_moves(node):
         before = axis if axis is None else axis_before(node, axis)
-        return None if axis is not None and before is None else _writers(edit, _operand(node), scale, before)
+        return None if axis is not None and before is None else _writers(edit, operand(node), scale, before)
     if node.target in _MATMULS:
         return _product(edit, node, scale, axis) if scale.abs().max() <= HEADROOM else None
     if node.target is aten.relu.default:
-        return _writers(edit, _operand(node), scale, axis) if scale.min() > 0 and scale.max() <= HEADROOM else None
+        return _writers(edit, operand(node), scale, axis) if scale.min() > 0 and scale.max() <= HEADROOM else None
     if node.target is operator.getitem or node.target is aten.slice.Tensor:
         return _slice(edit, node, scale, axis)
     found = affine(edit, node)
@@ -131,10 +130,6 @@ def _writers(
         return None
     # Converters drop a factor that float16 cannot tell from one, and the builds of both precisions would differ.
     return None if bool(((found.scale * scale).half() == 1).all()) else [_Writer(node, scale, axis)]
-
-
-def _operand(node: fx.Node) -> fx.Node:
-    return cast(fx.Node, node.args[0])
 
 
 def _map(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list[_Writer] | None:
@@ -150,13 +145,13 @@ def _product(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list
     rank = len(node_shape(node))
     if left is right or min(len(node_shape(left)), len(node_shape(right))) < 2:
         return None
-    for operand, summed in ((left, -1), (right, -2)):
-        place = axis if axis is None else axis - rank + len(node_shape(operand))
+    for side, summed in ((left, -1), (right, -2)):
+        place = axis if axis is None else axis - rank + len(node_shape(side))
         if place is not None:
-            at = len(node_shape(operand)) + summed
-            if place < 0 or place == at or node_shape(operand)[place] != len(scale):
+            at = len(node_shape(side)) + summed
+            if place < 0 or place == at or node_shape(side)[place] != len(scale):
                 continue
-        writers = _writers(edit, operand, scale, place)
+        writers = _writers(edit, side, scale, place)
         if writers:
             return writers
     return None
@@ -164,11 +159,11 @@ def _product(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list
 
 def _slice(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list[_Writer] | None:
     """Scale a slice of a value whose other users are slices too, of other entries."""
-    source = _operand(node)
+    source = operand(node)
     if node.target is operator.getitem:
-        if source.target not in _SPLITS:
+        if source.target not in SPLITS:
             return None
-        parts, source = source, _operand(source)
+        parts, source = source, operand(source)
         along = arguments(parts)["dim"] % len(node_shape(source))
         ends = [0, *itertools.accumulate(part.shape[along] for part in parts.meta["val"])]
         taken = {item: (ends[cast(int, item.args[1])], ends[cast(int, item.args[1]) + 1]) for item in parts.users}

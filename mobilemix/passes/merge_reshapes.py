@@ -7,7 +7,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from mobilemix.passes.axes import RESHAPES, axis_before, groups_of_axes
-from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
+from mobilemix.passes.base import Pass, PassResult, arguments, node_shape, operand
 from mobilemix.passes.editing import Edit
 from mobilemix.passes.elementwise import BINARY, UNARY, is_elementwise
 
@@ -64,14 +64,14 @@ def _move_up(edit: Edit, node: fx.Node) -> fx.Node | None:
     whole = next((item for item in reshaped if node_shape(item) == node_shape(node)), None)
     if whole is None:
         return None
-    before, after = node_shape(_operand(whole)), node_shape(whole)
+    before, after = node_shape(operand(whole)), node_shape(whole)
     operands: list[object] = list(node.args)
     for position, item in enumerate(node.args):
         if not isinstance(item, fx.Node):
             continue
         shape = _regroup(node_shape(item), after, before)
-        if item in reshaped and shape is not None and node_shape(_operand(item)) == tuple(shape):
-            operands[position] = _operand(item)
+        if item in reshaped and shape is not None and node_shape(operand(item)) == tuple(shape):
+            operands[position] = operand(item)
         elif shape is not None and edit.is_static(item):
             operands[position] = item if not shape else edit.emit(aten.reshape.default, item, shape)
         else:
@@ -88,7 +88,7 @@ def _move_mean(edit: Edit, node: fx.Node) -> fx.Node | None:
     axes = [axis_before(x, axis % len(node_shape(x))) for axis in values["dim"]]
     if None in axes:
         return None
-    mean = edit.emit_like(node, self=_operand(x), dim=axes)
+    mean = edit.emit_like(node, self=operand(x), dim=axes)
     return edit.emit(aten.reshape.default, mean, list(node_shape(node)))
 
 
@@ -100,18 +100,12 @@ def _move_pointwise(edit: Edit, node: fx.Node) -> fx.Node | None:
         return None
     if values["stride"] != [1] or values["padding"] != [0]:
         return None
-    image = _operand(x)
+    image = operand(x)
     if len(node_shape(image)) != 4 or node_shape(image)[:2] != node_shape(x)[:2]:
         return None
     square = edit.add_constant(edit.name(values["weight"]), weight.unsqueeze(-1))
     mapped = edit.emit(aten.conv2d.default, image, square, values["bias"], [1, 1], [0, 0], [1, 1], values["groups"])
     return edit.emit(aten.reshape.default, mapped, list(node_shape(node)))
-
-
-def _operand(node: fx.Node) -> fx.Node:
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    return x
 
 
 def _regroup(constant: Sequence[int], after: Sequence[int], before: Sequence[int]) -> list[int] | None:

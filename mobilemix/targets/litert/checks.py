@@ -113,10 +113,11 @@ def integers(full: Model, quantised: Model) -> Check:
 
 
 def _twin(lowered: Lowered, twin: LiteRTRunner, samples: Sequence[Inputs]) -> Check:
+    module = lowered.program.module()
     errors = [
         relative_l2(value, expected)
         for sample in samples
-        for value, expected in zip(_ordered(twin.run(sample), lowered), _evaluate(lowered, sample), strict=True)
+        for value, expected in zip(_ordered(twin.run(sample), lowered), _evaluate(module, lowered, sample), strict=True)
     ]
     worst = float(np.max(errors, initial=0))
     return Check(
@@ -124,9 +125,9 @@ def _twin(lowered: Lowered, twin: LiteRTRunner, samples: Sequence[Inputs]) -> Ch
     )
 
 
-def _evaluate(lowered: Lowered, sample: Inputs) -> list[Array]:
+def _evaluate(module: torch.nn.Module, lowered: Lowered, sample: Inputs) -> list[Array]:
     with torch.no_grad():
-        outputs = lowered.program.module()(*(torch.from_numpy(sample[name]) for name in lowered.input_names))
+        outputs = module(*(torch.from_numpy(sample[name]) for name in lowered.input_names))
     return [leaf.numpy() for leaf in torch.utils._pytree.tree_leaves(outputs)]
 
 

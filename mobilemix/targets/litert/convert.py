@@ -8,7 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from mobilemix.calibration import calibration
-from mobilemix.errors import TargetError, UnsupportedOpError
+from mobilemix.errors import TargetError, UnsupportedOpError, first_line
 from mobilemix.passes.base import source
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
@@ -16,7 +16,6 @@ from mobilemix.targets.litert import flatbuffer, metadata
 from mobilemix.targets.litert.flatbuffer import Model
 from mobilemix.targets.litert.quantize import to_half, to_int8
 from mobilemix.targets.litert.quiet import load_converter, quiet
-from mobilemix.targets.litert.runtime import first_line
 
 _MISSING = re.compile(r"Lowering not found: (\S+)")
 

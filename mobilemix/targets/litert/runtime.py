@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from mobilemix.errors import InputError
+from mobilemix.errors import InputError, first_line
 from mobilemix.targets.base import Array, Inputs
 from mobilemix.targets.litert import flatbuffer
 from mobilemix.targets.litert.quiet import silent
@@ -107,8 +107,3 @@ class LiteRTRunner:
         except (ValueError, RuntimeError) as error:
             raise InputError(f"LiteRT cannot load the model: {first_line(error)}") from error
         return interpreter
-
-
-def first_line(error: Exception) -> str:
-    """What an error of native code says before its details."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

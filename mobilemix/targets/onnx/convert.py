@@ -13,14 +13,14 @@ import onnxsim
 from onnx_ir.passes import common
 
 import mobilemix
-from mobilemix.errors import InputError, TargetError
+from mobilemix.errors import InputError, TargetError, first_line
 from mobilemix.parity import noise, relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 from mobilemix.targets.onnx.half import halve
 from mobilemix.targets.onnx.rewrites import rewrite
-from mobilemix.targets.onnx.runtime import first_line, trace
+from mobilemix.targets.onnx.runtime import trace
 from mobilemix.targets.onnx.translate import translate
 
 EXTERNAL_DATA_BYTES = 1_500_000_000

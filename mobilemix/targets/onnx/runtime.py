@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as MissingKernel
 
-from mobilemix.errors import InputError, TargetError
+from mobilemix.errors import InputError, TargetError, first_line
 from mobilemix.targets.base import Array, Inputs
 
 _FATAL_ONLY = 4
@@ -104,8 +104,3 @@ def _execute(session: ort.InferenceSession, inputs: Inputs) -> Iterator[tuple[st
         raise InputError(f"the model takes {wanted}: {first_line(error)}") from error
     for name, value in zip(names, values, strict=True):
         yield name, np.asarray(value, np.float32)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of native code says before its stack trace."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

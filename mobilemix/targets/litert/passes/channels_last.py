@@ -12,7 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from mobilemix.passes.axes import RESHAPES, permutation
+from mobilemix.passes.axes import RESHAPES, SPLITS, permutation
 from mobilemix.passes.base import Pass, PassResult, arguments, node_shape
 from mobilemix.passes.channels import batch_norm
 from mobilemix.passes.editing import Edit
@@ -103,7 +103,7 @@ class _Layout:
             self.views[node] = plain(node)
             return
         with self.edit.at(node):
-            if node.target in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+            if node.target in SPLITS:
                 if self.split(node):
                     return
                 view = None
