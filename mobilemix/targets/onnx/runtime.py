@@ -1,6 +1,6 @@
 """ONNX files executed by ONNX Runtime on the CPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +71,20 @@ def trace(path: Path, inputs: Inputs) -> tuple[dict[str, Array], dict[str, Array
     outputs = [value.name for value in model.graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
     names = [name for node in model.graph.node for name in node.output if types.get(name) in _FLOATS]
-    del model.graph.output[:]
-    wanted = dict.fromkeys([*names, *outputs])
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
-    found = dict(_execute(_open(model.SerializeToString(), optimised=False, folder=path.parent), inputs))
+    (found,) = observe(path, [*names, *outputs], [inputs])
     return {name: found[name] for name in outputs}, {name: found[name] for name in names}
+
+
+def observe(path: Path, names: Iterable[str], samples: Iterable[Inputs]) -> Iterator[dict[str, Array]]:
+    """These values of a file, inputs among them or not, for each sample; float32. Raises as `trace` does."""
+    model = read_model(path)
+    given = {value.name for value in model.graph.input}
+    wanted = dict.fromkeys(names)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted if name not in given)
+    session = _open(model.SerializeToString(), optimised=False, folder=path.parent)
+    for sample in samples:
+        yield {**dict(_execute(session, sample)), **{name: sample[name] for name in given.intersection(wanted)}}
 
 
 def _open(model: str | bytes, optimised: bool, folder: Path | None = None) -> ort.InferenceSession:

@@ -1,0 +1,199 @@
+"""Quantised graphs: QuantizeLinear and DequantizeLinear pairs, which TensorRT makes 8-bit kernels of.
+
+What is quantised are the inputs of convolutions and of matrix products with constant weights: activations with one
+scale for each tensor, weights with one for each output channel, all symmetric about zero, as TensorRT demands. Biases
+are not: kernels add them to wide sums. Outputs are not either: TensorRT fuses the quantisation of the next layer's
+input into the kernel where it can. This is what NVIDIA advises
+(https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html).
+
+What stays in floating point, and why:
+
+- softmax, norms, means and gates: few multiply-adds, and ranges that 8 bits do not hold;
+- products of two activations, such as attention's scores and what a state-space mixer writes and reads: neither side
+  has channels that could have scales of their own;
+- DFT matrices: the first coefficient of a spectrum is larger than most by a factor of the image's side, so that one
+  scale for all leaves few steps to the others;
+- recurrences of scans: an error in a state stays in all later ones;
+- sums of residual branches, which go on in floating point to norms and further sums.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from mobilemix.errors import InputError
+from mobilemix.passes.editing import WIDE
+from mobilemix.targets.base import Array, Inputs
+from mobilemix.targets.onnx.half import halve
+from mobilemix.targets.onnx.rewrites.constants import constant
+from mobilemix.targets.onnx.runtime import observe
+
+Kind = Literal["int8", "fp8"]
+
+OPSET = 19
+"""The oldest that has scales in float16 and 8-bit floats."""
+
+TRANSFORM = "dft_"
+"""What the names of DFT matrices begin with."""
+
+QUANTISED, DEQUANTISED, SCALE = ".quantised", ".dequantised", ".scale"
+"""What the names of a value's other forms, and of its scale, end in."""
+
+_TYPES: Mapping[str, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
+"""Largest magnitude of each type; −128 would make the range of int8 asymmetric."""
+
+
+def quantize(source: Path, destination: Path, samples: Sequence[Inputs], kind: Kind) -> None:
+    """Write a float32 file again with 8-bit products, and float16 around them.
+
+    Before:   x → Conv(w, b) → y
+    After:    x → Cast → QuantizeLinear → DequantizeLinear → Conv(DequantizeLinear(w.quantised), b.half) → Cast → y
+
+    Args:
+        source: ONNX, float32, opset 19 or newer.
+        destination: where to write.
+        samples: typical inputs; activations keep the whole range that they show.
+        kind: int8, or 8-bit floats of 4 bits of exponent and 3 of significand ("fp8", E4M3).
+
+    Raises:
+        InputError: the opset is older, or there is nothing to quantise.
+    """
+    model = ir.load(source)
+    if model.opset_imports[""] < OPSET:
+        raise InputError(
+            f"{kind} with float16 scales needs opset {OPSET}, {source.name} has {model.opset_imports['']}; "
+            f"export with --opset {OPSET} or newer"
+        )
+    names = {str(activation.name) for _, activation, _, _ in products(model.graph)}
+    if not names:
+        raise InputError(f"{source.name} has no convolution or product with constant weights to quantise; use fp16")
+    insert(model, peaks(source, names, samples), kind)
+    halve(model)
+    _name(model.graph)
+    ir.save(model, destination)
+
+
+def products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, ir.Value, int]]:
+    """Nodes to quantise, each with its activation, its weight, and the weight's axis of output channels."""
+    for node in graph:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or str(node.outputs[0].name).startswith(WIDE):
+            continue
+        first, second = node.inputs[:2]
+        assert first is not None
+        assert second is not None
+        for activation, weight, axis in ((first, second, _channels(node)), (second, first, -2)):
+            fits = weight.is_initializer() and not activation.is_initializer()
+            if fits and (node.op_type == "MatMul" or weight is second) and not str(weight.name).startswith(TRANSFORM):
+                rank = len(weight.shape)
+                if rank >= 2:
+                    yield node, activation, weight, axis % rank
+
+
+def _channels(node: ir.Node) -> int:
+    """Axis of the output channels of a weight on the right."""
+    if node.op_type == "Conv":
+        return 0
+    transposed = node.attributes.get_int("transB", 0) if node.op_type == "Gemm" else 0
+    return -2 if transposed else -1
+
+
+def peaks(path: Path, names: Collection[str], samples: Sequence[Inputs]) -> dict[str, float]:
+    """Largest magnitude of each value of a float32 file over the samples."""
+    found = dict.fromkeys(names, 0.0)
+    for values in observe(path, names, samples):
+        for name, value in values.items():
+            found[name] = max(found[name], float(np.abs(value).max(initial=0)))
+    return found
+
+
+def insert(model: ir.Model, ranges: Mapping[str, float], kind: Kind) -> None:
+    """Put a pair in front of each activation and each weight of `products`, in place; scales are float32.
+
+    Args:
+        model: float32.
+        ranges: largest magnitude of every activation, by name.
+        kind: see `quantize`.
+    """
+    pairs = _Pairs(model.graph, kind)
+    for node, activation, weight, axis in list(products(model.graph)):
+        forms = {
+            activation: pairs.of_activation(activation, ranges[str(activation.name)], node),
+            weight: pairs.of_weight(weight, axis, node),
+        }
+        for index, value in enumerate(node.inputs[:2]):
+            assert value is not None
+            node.replace_input_with(index, forms[value])
+    common.RemoveUnusedNodesPass()(model)
+
+
+def step(largest: Array, kind: Kind) -> Array:
+    """Scale at which a magnitude is the type's largest: rounded up to a number of float16, so that none is beyond."""
+    exact = np.where(largest > 0, largest, 1.0) / _LARGEST[kind]
+    rounded = exact.astype(np.float16)
+    up = np.where(rounded < exact, np.nextafter(rounded, np.float16(np.inf)), rounded)
+    return np.asarray(up, np.float32)
+
+
+def quantised(content: Array, scale: Array, kind: Kind) -> Array:
+    """Nearest multiples of the scale, ties to even."""
+    multiples = content / scale
+    return (np.rint(multiples) if kind == "int8" else multiples).astype(_TYPES[kind].numpy())
+
+
+class _Pairs:
+    """The dequantised forms of a graph's values, made in front of the first node that reads them."""
+
+    def __init__(self, graph: ir.Graph, kind: Kind) -> None:
+        self._graph, self._kind = graph, kind
+        self._made: dict[ir.Value, ir.Value] = {}
+
+    def of_activation(self, value: ir.Value, peak: float, reader: ir.Node) -> ir.Value:
+        if value not in self._made:
+            scale = self._constant(f"{value.name}{SCALE}", step(np.array(peak), self._kind))
+            zero = self._constant(f"zero.{self._kind}", np.zeros((), _TYPES[self._kind].numpy()))
+            node = ir.node("QuantizeLinear", [value, scale, zero])
+            integers = self._add(node, f"{value.name}{QUANTISED}", _TYPES[self._kind], value, reader)
+            self._made[value] = self._dequantise(integers, scale, value, reader)
+        return self._made[value]
+
+    def of_weight(self, value: ir.Value, axis: int, reader: ir.Node) -> ir.Value:
+        if value not in self._made:
+            content = constant(value)
+            others = tuple(other for other in range(content.ndim) if other != axis)
+            scale = step(np.abs(content).max(axis=others, keepdims=True), self._kind)
+            integers = self._constant(f"{value.name}{QUANTISED}", quantised(content, scale, self._kind))
+            scales = self._constant(f"{value.name}{SCALE}", scale.reshape(-1))
+            self._made[value] = self._dequantise(integers, scales, value, reader, axis=axis)
+        return self._made[value]
+
+    def _dequantise(
+        self, integers: ir.Value, scale: ir.Value, value: ir.Value, reader: ir.Node, **attributes: int
+    ) -> ir.Value:
+        node = ir.node("DequantizeLinear", [integers, scale], attributes)
+        return self._add(node, f"{value.name}{DEQUANTISED}", ir.DataType.FLOAT, value, reader)
+
+    def _add(self, node: ir.Node, name: str, dtype: ir.DataType, like: ir.Value, reader: ir.Node) -> ir.Value:
+        (made,) = node.outputs
+        made.name, made.type, made.shape = name, ir.TensorType(dtype), like.shape
+        self._graph.insert_before(reader, node)
+        return made
+
+    def _constant(self, name: str, content: Array) -> ir.Value:
+        if name not in self._graph.initializers:
+            tensor = ir.tensor(content, name=name)
+            made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            self._graph.register_initializer(made)
+        return self._graph.initializers[name]
+
+
+def _name(graph: ir.Graph) -> None:
+    """What a conversion put in front of a node belongs to the same module; names are `module/value`."""
+    for node in reversed(graph):
+        if not node.name:
+            module, _, _ = next((str(user.name).rpartition("/") for user, _ in node.outputs[0].uses()), ("", "", ""))
+            node.name = f"{module}/{node.outputs[0].name}" if module else str(node.outputs[0].name)
