@@ -201,7 +201,7 @@ def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listen
             provenance = _provenance(prepared, passes, recipe, target)
             metadata = {**lowered.metadata, "mobilemix.provenance": dumps(provenance, indent=None)}
             lowered = dataclasses.replace(lowered, metadata=metadata)
-            target.compile(lowered, recipe, artifact)
+            build = target.compile(lowered, recipe, artifact) or {}
         with stages("verify"):
             parity = _verify(prepared, lowered, target, recipe, artifact)
         manifest = Manifest(
@@ -215,13 +215,17 @@ def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listen
             },
             parity={"passed": parity.passed, **vars(parity)},
             seconds={**prepared.seconds, **stages.seconds},
+            build=build,
         )
         manifest_path(artifact).write_text(manifest.to_json() + "\n", encoding="utf-8")
         # What failed is kept for a look, but never where an app's build would pick it up.
         destination = folder if parity.passed else folder / "failed"
         destination.mkdir(exist_ok=True)
+        outdated = _built_beside(destination / artifact.name) - {made.name for made in stage.iterdir()}
         for made in sorted(stage.iterdir(), key=lambda path: path == manifest_path(artifact)):
             files.replace(made, destination / made.name)
+        for name in outdated:  # an engine of the artifact that was here before
+            (destination / name).unlink(missing_ok=True)
     return Export(destination / artifact.name, manifest, parity)
 
 
@@ -270,7 +274,25 @@ def verify(
         fingerprint(prepared.source.module) == manifest.provenance["model"]["weights_sha256"],
         "the source has the weights that were exported",
     )
-    return dataclasses.replace(parity, checks=(*parity.checks, unchanged, same))
+    beside = [
+        Check(f"{name} unchanged", _has_digest(artifact.with_name(name), digest), "it has the SHA-256 of the manifest")
+        for name, digest in manifest.build.get("files", {}).items()
+    ]
+    return dataclasses.replace(parity, checks=(*parity.checks, unchanged, *beside, same))
+
+
+def _has_digest(path: Path, digest: str) -> bool:
+    return path.is_file() and files.sha256(path) == digest
+
+
+def _built_beside(artifact: Path) -> set[str]:
+    """Names of what was built besides an artifact, by its manifest."""
+    try:
+        build = read_manifest(artifact).build
+    except InputError:
+        return set()
+    names = [*build.get("files", {}), build.get("log")]
+    return {Path(name).name for name in names if name}
 
 
 def _specialise(prepared: Prepared, target: Target) -> tuple[Lowered, tuple[str, ...]]:

@@ -29,6 +29,7 @@ class Manifest:
         artifact: file name, SHA-256, bytes and operator histogram.
         parity: what verification found.
         seconds: wall time by stage.
+        build: what the target built besides, such as an engine of the artifact, or why it could not.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class Manifest:
     artifact: Mapping[str, Any]
     parity: Mapping[str, Any]
     seconds: Mapping[str, float]
+    build: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as indented JSON."""
@@ -77,6 +79,7 @@ def read_manifest(artifact: Path) -> Manifest:
             artifact=table["artifact"],
             parity=table["parity"],
             seconds=table["seconds"],
+            build=table.get("build", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the manifest {path} is incomplete ({error}); export the model again") from error

@@ -20,6 +20,14 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
 INPUT_DTYPES = ("float32", "complex64", "int64", "int32", "bool")
 MINIMUM_IOS = (15, 16, 17, 18)
+HARDWARE = ("none", "ampere_plus", "same_compute_capability")
+TARGETS_OF = {
+    "workspace_mb": ("tensorrt", "tensorrt-rtx"),
+    "timing_cache": ("tensorrt",),
+    "hardware_compatibility": ("tensorrt",),
+    "version_compatible": ("tensorrt",),
+}
+"""Fields that only some targets have: those of the builders of engines."""
 OPSETS = range(18, 22)
 
 
@@ -44,6 +52,10 @@ class Recipe:
         shim: names of `mobilemix.shims.SHIMS`: packages to stand in for while the model is loaded and run.
         tolerance: largest relative L2 error of the outputs against the float64 source; None is the precision's tier.
         max_size_mb: budget for the artifact's size in 10^6 bytes; None is no budget.
+        workspace_mb: scratch memory that an engine's kernels may take, in 2^20 bytes; None leaves it to the builder.
+        timing_cache: file of kernel times, which the engine's builder reads and writes; None is no file.
+        hardware_compatibility: other GPUs that must run the engine, of `HARDWARE`; None is the one that built it.
+        version_compatible: whether newer TensorRT of the same major version must run the engine.
     """
 
     model: str = DEFAULT_MODEL
@@ -61,13 +73,18 @@ class Recipe:
     shim: tuple[str, ...] = ()
     tolerance: float | None = None
     max_size_mb: float | None = None
+    workspace_mb: int | None = None
+    timing_cache: Path | None = None
+    hardware_compatibility: str | None = None
+    version_compatible: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no recipe can have.
 
         Raises:
-            UnknownNameError: target, precision, input kind, dtype or shim.
-            InputError: opset, iOS version, a shape, the normalisation or a budget out of range.
+            UnknownNameError: target, precision, input kind, dtype, shim or hardware compatibility.
+            InputError: opset, iOS version, a shape, the normalisation or a budget out of range; or a field that the
+                target does not have.
         """
         for name in self.shim:
             if name not in SHIMS:
@@ -94,10 +111,15 @@ class Recipe:
             )
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
             raise InputError(f"mean {self.mean} and std {self.std} must have one value a channel, std above 0")
-        for name in ("tolerance", "max_size_mb"):
+        for name in ("tolerance", "max_size_mb", "workspace_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be above 0, not {value}")
+        for name, targets in TARGETS_OF.items():
+            if getattr(self, name) and self.target not in targets:
+                raise InputError(f"the target {self.target} has no {name}; only {' and '.join(targets)} can have it")
+        if self.hardware_compatibility is not None and self.hardware_compatibility not in HARDWARE:
+            raise UnknownNameError("hardware compatibility", self.hardware_compatibility, HARDWARE)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -135,6 +157,12 @@ def _text(value: Any, _base: Path) -> str:
 
 def _path(value: Any, base: Path) -> Path:
     return base / _text(value, base)
+
+
+def _boolean(value: Any, _base: Path) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
 
 
 def _integer(value: Any, _base: Path) -> int:
@@ -180,4 +208,8 @@ _READERS: dict[str, Callable[[Any, Path], Any]] = {
     "shim": _texts,
     "tolerance": _number,
     "max_size_mb": _number,
+    "workspace_mb": _integer,
+    "timing_cache": _path,
+    "hardware_compatibility": _text,
+    "version_compatible": _boolean,
 }

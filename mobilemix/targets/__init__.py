@@ -13,6 +13,8 @@ TARGETS = {
     "coreml": "mobilemix.targets.coreml:CoreMLTarget",
     "litert": "mobilemix.targets.litert:LiteRTTarget",
     "onnx": "mobilemix.targets.onnx:OnnxTarget",
+    "tensorrt": "mobilemix.targets.tensorrt.target:TensorRTTarget",
+    "tensorrt-rtx": "mobilemix.targets.tensorrt.target:TensorRTForRTXTarget",
 }
 
 EXTRAS = {
@@ -20,7 +22,11 @@ EXTRAS = {
         "litert_torch": "litert-torch",
         "ai_edge_litert": "ai-edge-litert",
         "ai_edge_quantizer": "ai-edge-quantizer",
-    }
+    },
+    "tensorrt-rtx": {
+        "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+    },
 }
 """Targets that need an extra of their own name: its modules, and their packages."""
 

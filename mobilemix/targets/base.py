@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.export import ExportedProgram
@@ -88,8 +88,12 @@ class Target(Protocol):
     passes: tuple[Pass, ...]
     """Rewrites for this target alone, after those that all share; `compile` gets a program that went through both."""
 
-    def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
-        """Write the artifact to `destination`, a temporary path that the caller renames.
+    def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> Mapping[str, Any] | None:
+        """Write the artifact to `destination`, in a temporary folder from which the caller moves all that is there.
+
+        Returns:
+            What the manifest should say of what was built besides the artifact, such as an engine of it, with the names
+            of its `files`; None where a target builds nothing besides.
 
         Raises:
             UnsupportedOpError: an operator that the target does not have.

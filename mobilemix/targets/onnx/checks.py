@@ -15,6 +15,7 @@ from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered
 from mobilemix.targets.onnx.convert import check, write
 from mobilemix.targets.onnx.half import LARGEST, SUFFIXES, to_half
+from mobilemix.targets.onnx.rewrites import PASSES, Step
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 
 OPTIMISATION_TOLERANCE = {"fp32": 1e-5, "fp16": TIERS["fp16"].relative_l2}
@@ -49,14 +50,16 @@ def optimisable(path: Path, precision: str, samples: Sequence[Inputs]) -> Check:
     return _within("ONNX Runtime with and without optimisation", errors, OPTIMISATION_TOLERANCE[precision])
 
 
-def rounding(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
+def rounding(
+    lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs], steps: Sequence[Step] = PASSES
+) -> list[Check]:
     """A float16 file is its float32 twin, rounded; the twin is right; and float16 can hold what it computes.
 
     A tolerance that float16 arithmetic can meet would let real faults pass, so the file itself is compared.
     """
     with tempfile.TemporaryDirectory() as folder:
         twin_path = Path(folder) / path.name
-        write(lowered, dataclasses.replace(recipe, precision="fp32"), twin_path)
+        write(lowered, dataclasses.replace(recipe, precision="fp32"), twin_path, steps)
         twin = OnnxRunner(twin_path)
         difference = first_difference(onnx.load(twin_path), onnx.load(path))
         peaks = [(_peak(value), name) for sample in samples for name, value in twin.values(sample)]

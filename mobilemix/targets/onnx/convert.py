@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -19,7 +19,7 @@ from mobilemix.recipe import Recipe
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 from mobilemix.targets.onnx.half import halve
-from mobilemix.targets.onnx.rewrites import rewrite
+from mobilemix.targets.onnx.rewrites import PASSES, Step, rewrite
 from mobilemix.targets.onnx.runtime import trace
 from mobilemix.targets.onnx.translate import translate
 
@@ -33,10 +33,10 @@ TIDY_TOLERANCE = 1e-5
 _IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10}
 
 
-def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[Step] = PASSES) -> None:
     """Write `lowered` as an ONNX file, with `destination.stem`.data beside it where it is large.
 
-    The same program and recipe give the same bytes.
+    The same program, recipe and `steps`, the rewrites for whoever runs the file, give the same bytes.
 
     Raises:
         UnsupportedOpError: an operator that ONNX has none for.
@@ -44,7 +44,7 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     """
     translation = translate(lowered, recipe.opset)
     model = translation.model
-    rewrite(model)
+    rewrite(model, steps)
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         draft, tidied, final = (Path(folder, stage, destination.name) for stage in ("draft", "tidied", "final"))
         save(model, draft)

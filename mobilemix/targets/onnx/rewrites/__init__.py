@@ -1,4 +1,7 @@
-"""Graph rewrites, in order, each with the reason that it is there."""
+"""Graph rewrites, in order, each with the reason that it is there: `PASSES` for ONNX Runtime on a CPU.
+
+Another runtime takes `START`, what it wants of the rules, and `END`.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,47 +22,39 @@ from mobilemix.targets.onnx.rewrites import (
     tokens,
 )
 
+Step = Callable[[ir.Model], object]
 
-def _apply(*rules: Sequence[RewriteRule]) -> Callable[[ir.Model], object]:
+
+def apply(*rules: Sequence[RewriteRule]) -> Step:
+    """A pass that applies rules once, all together."""
     together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
     return lambda model: together.apply_to_model(model)
 
 
-def _settle(*rules: Sequence[RewriteRule]) -> Callable[[ir.Model], object]:
+def settle(*rules: Sequence[RewriteRule]) -> Step:
     """Apply rules until none of them matches any more, each time knowing the shapes that the last time left."""
     together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
     clean = ir.passes.Sequential(
         common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.ShapeInferencePass()
     )
 
-    def settle(model: ir.Model) -> None:
+    def until_none_matches(model: ir.Model) -> None:
         while together.apply_to_model(model):
             clean(model)
 
-    return settle
+    return until_none_matches
 
 
-PASSES: tuple[Callable[[ir.Model], object], ...] = (
+START: tuple[Step, ...] = (
     # torchlib's own functions become plain operators, which is all that most runtimes know.
     common.InlinePass(),
     # Shapes are fixed, so what torchlib computes from them are constants.
     functools.partial(fold_constants, onnx_shape_inference=True),
-    # Each as few kernels as ONNX Runtime can make of it. Independent of one another.
-    _apply(gelu.RULES, global_average_pool.RULES, separate_convs.RULES, channel_layer_norm.RULES[:1]),
-    # What follows a norm, once it is one: the scale before the shift, which ends the chain.
-    _apply(channel_layer_norm.RULES[1:2]),
-    _apply(channel_layer_norm.RULES[2:]),
-    # What belongs to images, then what does not.
-    _settle(image_convs.NORMS),
-    _settle(image_convs.CONVS),
-    _settle(tokens.CONVS),
-    _settle(tokens.TRANSPOSITIONS),
-    _settle(image_convs.RESHAPES),
-    _settle(depthwise_channels.CONVS),
-    _settle(depthwise_channels.SPLITS),
-    _settle(heads.RULES),
+)
+
+END: tuple[Step, ...] = (
     common.RemoveUnusedNodesPass(),
-    # The rest is names and order: every constant an initialiser, once; one node for equal ones.
+    # Names and order: every constant an initialiser, once; one node for equal ones.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     common.DeduplicateInitializersPass(),
     common.CommonSubexpressionEliminationPass(),
@@ -68,8 +63,27 @@ PASSES: tuple[Callable[[ir.Model], object], ...] = (
     common.OutputFixPass(),
 )
 
+PASSES: tuple[Step, ...] = (
+    *START,
+    # Each as few kernels as ONNX Runtime can make of it. Independent of one another.
+    apply(gelu.RULES, global_average_pool.RULES, separate_convs.RULES, channel_layer_norm.RULES[:1]),
+    # What follows a norm, once it is one: the scale before the shift, which ends the chain.
+    apply(channel_layer_norm.RULES[1:2]),
+    apply(channel_layer_norm.RULES[2:]),
+    # What belongs to images, then what does not.
+    settle(image_convs.NORMS),
+    settle(image_convs.CONVS),
+    settle(tokens.CONVS),
+    settle(tokens.TRANSPOSITIONS),
+    settle(image_convs.RESHAPES),
+    settle(depthwise_channels.CONVS),
+    settle(depthwise_channels.SPLITS),
+    settle(heads.RULES),
+    *END,
+)
 
-def rewrite(model: ir.Model) -> None:
-    """Run every pass, in place."""
-    for step in PASSES:
+
+def rewrite(model: ir.Model, steps: Sequence[Step] = PASSES) -> None:
+    """Run every step, in place."""
+    for step in steps:
         step(model)
