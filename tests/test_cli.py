@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,10 +21,9 @@ def mobilemix(monkeypatch, capsys):
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
+        code = cli.run()
         captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
+        return code, captured.out, captured.err
 
     handler = signal.getsignal(signal.SIGTERM)
     yield run
@@ -239,6 +239,46 @@ def test_version_and_help(mobilemix):
     assert mobilemix("--version")[:2] == (0, "mobilemix 0.1.0\n")
     assert "export" in mobilemix("--help")[1]
     assert "export" in mobilemix()[1]
+
+
+ENDING = """
+import atexit, sys, threading, time
+from mobilemix import cli
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+kept = Kept()
+later = threading.Thread(target=lambda: (time.sleep(0.2), print("thread")))
+atexit.register(lambda: print("exit function"))
+later.start()
+sys.argv = ["mobilemix", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["export", "-t", "corml"], 2)])
+def test_the_process_ends_in_order_and_is_not_taken_apart(arguments, code):
+    run = subprocess.run([sys.executable, "-c", ENDING, *arguments], stdout=subprocess.PIPE)
+    assert run.returncode == code
+    said = ["mobilemix 0.1.0"] if code == 0 else []
+    assert sorted(run.stdout.decode().splitlines()) == sorted([*said, "thread", "exit function"])
+    assert run.stdout.endswith(b"exit function\n")
+
+
+def test_standard_output_that_fails_at_the_end_is_told_as_python_tells_it():
+    ending = (
+        "import sys\nfrom mobilemix import cli\nprint('late', end='')\nsys.argv = ['mobilemix', 'exprt']\ncli.main()"
+    )
+    with Path("/dev/full").open("w") as full:
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        run = subprocess.run(
+            [sys.executable, "-c", ending], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered
+        )
+    assert run.returncode == 120
+    assert "error: No such command" in run.stderr
+    assert "OSError" in run.stderr
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -76,10 +76,9 @@ def run(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
+        code = cli.run()
         captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
+        return code, captured.out, captured.err
 
     handlers = {stop: signal.getsignal(stop) for stop in (signal.SIGTERM, signal.SIGINT)}
     yield run
