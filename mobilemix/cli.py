@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -22,9 +22,18 @@ import typer
 
 from mobilemix import __version__
 from mobilemix.errors import InputError, MobilemixError, UnknownNameError
-from mobilemix.recipe import DEFAULT_MODEL, INPUT_DTYPES, INPUT_KINDS, PRECISIONS, Recipe, load_recipe
+from mobilemix.recipe import (
+    DEFAULT_MODEL,
+    HARDWARE,
+    INPUT_DTYPES,
+    INPUT_KINDS,
+    PRECISIONS,
+    TARGETS_OF,
+    Recipe,
+    load_recipe,
+)
 from mobilemix.shims import SHIMS
-from mobilemix.targets import require
+from mobilemix.targets import TARGETS, require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,7 +79,7 @@ def export(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            "-t", "--target", help="coreml, onnx or litert; repeat it, or give a list: onnx,litert. coreml if left out."
+            "-t", "--target", help=f"{', '.join(TARGETS)}; repeat it, or give a list: onnx,litert. coreml if left out."
         ),
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifacts.")] = Path(),
@@ -92,6 +101,18 @@ def export(
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative L2 error that passes; the precision's tier if left out.")
     ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MB", help="Scratch memory of a TensorRT engine; the builder's if left out.")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of kernel times that TensorRT's builder reads and writes.")
+    ] = None,
+    hardware_compatibility: Annotated[
+        str | None, typer.Option(help=f"Other GPUs for a TensorRT engine: {', '.join(HARDWARE)}.")
+    ] = None,
+    version_compatible: Annotated[
+        bool | None, typer.Option("--version-compatible", help="Let newer TensorRT 10 (or 11 …) run the engine.")
+    ] = None,
     recipe: RecipeFile = None,
     json: Json = False,
     debug: Debug = False,  # noqa: ARG001 -- `main` reads it: it must hold for errors in parsing too
@@ -109,11 +130,15 @@ def export(
         "minimum_ios": minimum_ios,
         "shim": tuple(shim) if shim else None,
         "tolerance": tolerance,
+        "workspace_mb": workspace,
+        "timing_cache": timing_cache,
+        "hardware_compatibility": hardware_compatibility,
+        "version_compatible": version_compatible,
         **_inputs(input_ or []),
     }
     given = {name: value for name, value in options.items() if value is not None}
-    targets = [name.strip() for item in target or [base.target] for name in item.split(",")]
-    recipes = [dataclasses.replace(base, target=name, **given) for name in dict.fromkeys(targets)]
+    targets = list(dict.fromkeys(name.strip() for item in target or [base.target] for name in item.split(",")))
+    recipes = [dataclasses.replace(base, target=name, **_fitting(given, name, targets)) for name in targets]
 
     for each in recipes:
         require(each.target)
@@ -311,6 +336,12 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise _Interrupted("interrupted; nothing was written")
 
 
+def _fitting(given: dict[str, Any], target: str, targets: list[str]) -> dict[str, Any]:
+    """The options for one of several targets, without those that only others of them have."""
+    meant = {name: {*TARGETS_OF.get(name, targets)}.intersection(targets) for name in given}
+    return {name: value for name, value in given.items() if target in meant[name] or not meant[name]}
+
+
 def _inputs(values: list[str]) -> dict[str, Any]:
     """Read `--input` values: KIND, SHAPE or DTYPE:SHAPE, or a kind in front of these."""
     kinds: set[str] = set()
@@ -379,6 +410,15 @@ def _print_export(one: "Export") -> None:
     seconds = sum(one.manifest.seconds.values())
     _console().print(_parity_table(one.parity))
     _verdict(one.path, one.parity, f" · {one.manifest.artifact['bytes'] / 1e6:.2f} MB · {seconds:.1f} s")
+    for name in one.manifest.build.get("files", {}):
+        _console().print(_engine(one.path.with_name(name), one.manifest.build), soft_wrap=True, markup=False)
+
+
+def _engine(path: Path, build: Mapping[str, Any]) -> str:
+    """The line of an engine: where it is, its size, what built it and for what, and how it computes."""
+    layers = ", ".join(f"{count} {precision}" for precision, count in build["layers"].items())
+    facts = (f"{build['bytes'] / 1e6:.2f} MB", f"{build['seconds']:.1f} s", build["builder"], build["device"])
+    return " · ".join((f"engine {path}", *facts, *([f"layers: {layers}"] if layers else [])))
 
 
 def _verdict(path: Path, parity: "Parity", facts: str) -> None:
