@@ -62,7 +62,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ModelReport:
 
 def test_what_is_in_the_way_of_each_target_and_which_pass_handles_it(report: ModelReport) -> None:
     targets = {target.target: target for target in report.targets}
-    coreml, onnx_ = targets["coreml"], targets["onnx"]
+    coreml, onnx_, tensorrt = targets["coreml"], targets["onnx"], targets["tensorrt"]
     assert ("litert" in targets) == is_installed("litert")
     found = {one.operator: one for one in coreml.obstacles}
     assert found.keys() == {"fft_rfft2", "view_as_complex", "mul", "fft_irfft2"}
@@ -71,12 +71,13 @@ def test_what_is_in_the_way_of_each_target_and_which_pass_handles_it(report: Mod
     assert {found[name].handled_by for name in ("fft_rfft2", "mul", "fft_irfft2")} == {"complex_to_real"}
     (place,) = found["fft_rfft2"].places
     assert "spectral_net.py:24 (spectrum = torch.fft.rfft2(x" in place
-    assert {(one.operator, one.stops, one.handled_by) for one in onnx_.obstacles} == {
+    assert onnx_.obstacles == ()
+    assert {(one.operator, one.stops, one.handled_by) for one in tensorrt.obstacles} == {
         ("fft_rfft2", "TensorRT", "complex_to_real"),
         ("fft_irfft2", "TensorRT", "complex_to_real"),
     }
-    assert all("DFT" in one.reason for one in onnx_.obstacles)
-    assert coreml.remaining == onnx_.remaining == ()
+    assert all("DFT" in one.reason for one in tensorrt.obstacles)
+    assert coreml.remaining == onnx_.remaining == tensorrt.remaining == ()
     assert "complex_to_real" in coreml.passes
     assert report.refusal is None
 

@@ -15,7 +15,7 @@ from mobilemix.passes import PASSES, SHARED, Pass, lower
 from mobilemix.recipe import Recipe
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import load_source
-from mobilemix.targets import TARGETS, find_target, is_installed
+from mobilemix.targets import find_target, is_installed
 
 
 def inspect_model(
@@ -37,7 +37,7 @@ def inspect_model(
     shared = _Walk(program).on(SHARED)
     walk = shared.on(PASSES[len(SHARED) :])
     targets = []
-    for name in filter(is_installed, TARGETS):
+    for name in filter(is_installed, obstacles.EXPORTERS):
         listener(f"what {name} takes")
         targets.append(_target(name, program, shared))
     listener("count")

@@ -30,20 +30,7 @@ from mobilemix.targets.coreml import readers
 from mobilemix.targets.litert.quiet import load_converter
 from mobilemix.targets.onnx.translate import silence
 from mobilemix.targets.onnx.translations import TRANSLATIONS
-
-TENSORRT_LACKS = frozenset(
-    {
-        *("AffineGrid", "Bernoulli", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"),
-        *("BlackmanWindow", "CenterCropPad", "Col2Im", "Compress", "ConcatFromSequence", "ConvInteger", "DFT", "Det"),
-        *("DynamicQuantizeLinear", "HammingWindow", "HannWindow", "ImageDecoder", "MatMulInteger", "MaxRoiPool"),
-        *("MaxUnpool", "MelWeightMatrix", "Multinomial", "NegativeLogLikelihoodLoss", "Optional"),
-        *("OptionalGetElement", "OptionalHasElement", "QLinearConv", "QLinearMatMul", "RegexFullMatch", "STFT"),
-        *("SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength"),
-        *("SequenceMap", "SoftmaxCrossEntropyLoss", "SplitToSequence", "StringConcat", "StringNormalizer"),
-        *("StringSplit", "TfIdfVectorizer", "Unique"),
-    }
-)
-"""Standard ONNX operators that NVIDIA's parser has not, by its own list (onnx-tensorrt, docs/operators.md, 10.0)."""
+from mobilemix.targets.tensorrt.preflight import LACKS
 
 
 class Exporter(abc.ABC):
@@ -89,9 +76,10 @@ def summarise(refused: Refused, handled_by: Callable[[tuple[str, str, str]], str
 
 
 class StockOnnx(Exporter):
-    """`torch.onnx.export` as it comes, and who reads its files."""
+    """`torch.onnx.export` as it comes, and ONNX Runtime, which reads its files."""
 
     name = f"torch.onnx {torch.__version__}"
+    reader = "ONNX Runtime"
     own: Iterable[Any] = ()
     """Operators that are translated besides torch's own."""
 
@@ -99,6 +87,12 @@ class StockOnnx(Exporter):
         """Read torch's registry."""
         super().__init__()
         self._registry, self._table = _torchlib()
+        self._lacks = self._missing()
+
+    @staticmethod
+    def _missing() -> frozenset[str]:
+        """Standard operators that the reader has not."""
+        return onnx_runtime_lacks()
 
     def _judge(self, node: fx.Node) -> Iterator[tuple[str, str]]:
         if node.target in self.own:
@@ -111,14 +105,30 @@ class StockOnnx(Exporter):
                 yield "torch.onnx", f"no ONNX form of {_phrase(part)}"
                 continue
             operators = _mentioned(function)
-            for reader, lacks in (("ONNX Runtime", onnx_runtime_lacks()), ("TensorRT", TENSORRT_LACKS)):
-                # The exporter's optimiser turns sequences of known length, which all are here, into tensors.
-                for operator in sorted(name for name in operators & lacks if "Sequence" not in name):
-                    yield reader, f"becomes {operator}, which {reader} does not have"
+            # The exporter's optimiser turns sequences of known length, which all are here, into tensors.
+            for operator in sorted(name for name in operators & self._lacks if "Sequence" not in name):
+                yield self.reader, f"becomes {operator}, which {self.reader} does not have"
 
 
 class OwnOnnx(StockOnnx):
     """mobilemix's ONNX target: torch's translations and its own."""
+
+    name = "mobilemix"
+    own = TRANSLATIONS
+
+
+class StockTensorRT(StockOnnx):
+    """`torch.onnx.export` as it comes, and NVIDIA's parser, which reads its files."""
+
+    reader = "TensorRT"
+
+    @staticmethod
+    def _missing() -> frozenset[str]:
+        return LACKS
+
+
+class OwnTensorRT(StockTensorRT):
+    """mobilemix's TensorRT targets: the translations of its ONNX target."""
 
     name = "mobilemix"
     own = TRANSLATIONS
@@ -178,8 +188,9 @@ EXPORTERS: Mapping[str, tuple[type[Exporter], type[Exporter]]] = {
     "coreml": (StockCoreML, OwnCoreML),
     "litert": (LiteRT, LiteRT),
     "onnx": (StockOnnx, OwnOnnx),
+    "tensorrt": (StockTensorRT, OwnTensorRT),
 }
-"""For each target its stock exporter and ours."""
+"""For each target its stock exporter and ours; what is true of TensorRT is true of TensorRT for RTX."""
 
 
 def decomposed(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> list[fx.Node]:

@@ -11,10 +11,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from mobilemix import files
 from mobilemix.errors import InputError
-from mobilemix.inspection.obstacles import TENSORRT_LACKS, onnx_runtime_lacks
+from mobilemix.inspection.obstacles import onnx_runtime_lacks
 from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Value, provenance
 from mobilemix.models import flops
 from mobilemix.targets.onnx.runtime import read_model
+from mobilemix.targets.tensorrt import preflight
 
 _VIEWS = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
 _STANDARD = ("", "ai.onnx")
@@ -28,7 +29,8 @@ def inspect_onnx(path: Path) -> ArtifactReport:
         InputError: it is no ONNX model.
     """
     try:
-        model = ir.from_proto(read_model(path))
+        proto = read_model(path)
+        model = ir.from_proto(proto)
         ShapeInferencePass(strict_mode=False, data_prop=True)(model)
     except (ValueError, TypeError, KeyError, onnx.shape_inference.InferenceError) as error:
         raise InputError(f"{path} is not a valid ONNX model: {' '.join(str(error).split())}") from error
@@ -60,7 +62,7 @@ def inspect_onnx(path: Path) -> ArtifactReport:
         ),
         weight_dtypes=dict(by_dtype.most_common()),
         provenance=provenance(model.metadata_props.get("mobilemix.provenance")),
-        obstacles=tuple(_obstacles(model, nodes)),
+        obstacles=(*_obstacles(model, nodes), *_of_tensorrt(proto)),
     )
 
 
@@ -121,10 +123,14 @@ def _obstacles(model: ir.Model, nodes: Iterable[ir.Node]) -> Iterator[Obstacle]:
             continue
         if operator in onnx_runtime_lacks():
             yield Obstacle(name, "ONNX Runtime", "has no CPU kernel", count)
-        if operator in TENSORRT_LACKS:
-            yield Obstacle(name, "TensorRT", "NVIDIA's parser does not have it", count)
         if operator in _LOOPS:
             yield Obstacle(name, "Core ML, most accelerators", "control flow", count)
+
+
+def _of_tensorrt(model: onnx.ModelProto) -> Iterator[Obstacle]:
+    counts = Counter((each.operator, each.reason) for each in preflight.refusals(model))
+    for (operator, reason), count in counts.items():
+        yield Obstacle(operator, "TensorRT", reason, count)
 
 
 def _multiply_adds(node: ir.Node) -> int | None:

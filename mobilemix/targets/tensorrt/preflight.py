@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from mobilemix.targets.base import Array
 from mobilemix.targets.onnx.runtime import read_model
 from mobilemix.targets.tensorrt.builder import Refusal
 
@@ -49,31 +50,35 @@ def preflight(path: Path) -> tuple[Refusal, ...]:
     Raises:
         InputError: the file cannot be read.
     """
-    model = read_model(path)
-    return tuple(_refusals(model))
+    return tuple(refusals(read_model(path)))
 
 
-def _refusals(model: onnx.ModelProto) -> Iterator[Refusal]:
-    (opset,) = (entry.version for entry in model.opset_import if entry.domain in _STANDARD)
-    if opset not in OPSETS:
-        yield Refusal("", "", f"opset {opset} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
-    for graph in _graphs(model.graph):
-        file = _File(graph)
-        for node in graph.node:
-            for reason in _reasons(node, file):
-                yield Refusal(node.name, node.op_type, reason)
+def refusals(model: onnx.ModelProto) -> Iterator[Refusal]:
+    """The same of a model in memory; what depends on types that it does not state is let pass."""
+    values = _Values(model.graph)
+    for node in values.nodes:
+        for reason in _reasons(node, values):
+            yield Refusal(node.name, node.op_type, reason)
 
 
-class _File:
-    """What the conditions of nodes ask for: constants by name, and the types and ranks of values."""
+class _Values:
+    """What the conditions of nodes ask for: constants by name, and the types and ranks of values, of all graphs."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        values = (*graph.input, *graph.value_info, *graph.output)
+        graphs = list(_graphs(graph))
+        self.nodes = [node for each in graphs for node in each.node]
+        self.constants = {tensor.name: tensor for each in graphs for tensor in each.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.constants[node.output[0]] = node.attribute[0].t
+        values = [value for each in graphs for value in (*each.input, *each.value_info, *each.output)]
         self.types = {value.name: value.type.tensor_type for value in values}
 
-    def all_zero(self, name: str) -> bool:
-        return name in self.constants and not numpy_helper.to_array(self.constants[name]).astype(float).any()
+    def constant(self, name: str) -> Array | None:
+        """None for what is computed, and for what lies in a file of weights beside the model."""
+        tensor = self.constants.get(name)
+        stored = tensor is not None and tensor.data_location != TensorProto.EXTERNAL
+        return numpy_helper.to_array(tensor) if stored else None
 
     def rank(self, name: str) -> int | None:
         return len(self.types[name].shape.dim) if name in self.types else None
@@ -91,19 +96,19 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(attribute.g)
 
 
-def _reasons(node: onnx.NodeProto, file: _File) -> Iterator[str]:
+def _reasons(node: onnx.NodeProto, values: _Values) -> Iterator[str]:
     if node.domain not in _STANDARD:
-        yield f"{node.domain} is no domain of the ONNX standard"
-    elif node.op_type in LACKS:
-        yield "the parser does not have it"
-    elif (condition := CONDITIONS.get(node.op_type)) and (reason := condition(node, file)):
+        return  # it may be a plugin's
+    if node.op_type in LACKS:
+        yield "NVIDIA's parser does not have it"
+    elif (condition := CONDITIONS.get(node.op_type)) and (reason := condition(node, values)):
         yield reason
     for name in node.output:
-        if (dtype := file.dtype(name)) and dtype not in DTYPES:
+        if (dtype := values.dtype(name)) and dtype not in DTYPES:
             yield f"{TensorProto.DataType.Name(dtype).lower()} is no type of the values of a network"
 
 
-Condition = Callable[[onnx.NodeProto, _File], str | None]
+Condition = Callable[[onnx.NodeProto, _Values], str | None]
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
@@ -112,7 +117,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: object = None) -> objec
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _pool(node: onnx.NodeProto, _file: _File) -> str | None:
+def _pool(node: onnx.NodeProto, _values: _Values) -> str | None:
     dilations = _attribute(node, "dilations", [])
     if any(each != 1 for each in dilations):  # type: ignore[attr-defined]
         return "dilations other than 1 are not taken"
@@ -121,49 +126,49 @@ def _pool(node: onnx.NodeProto, _file: _File) -> str | None:
     return None
 
 
-def _one_output(node: onnx.NodeProto, _file: _File) -> str | None:
+def _one_output(node: onnx.NodeProto, _values: _Values) -> str | None:
     return "only its first output is known" if len([name for name in node.output if name]) > 1 else None
 
 
 def _constant(index: int) -> Condition:
-    def condition(node: onnx.NodeProto, file: _File) -> str | None:
+    def condition(node: onnx.NodeProto, values: _Values) -> str | None:
         name = node.input[index] if len(node.input) > index else ""
-        return f"its {_ORDINALS[index]} input must be an initialiser" if name and name not in file.constants else None
+        return f"its {_ORDINALS[index]} input must be an initialiser" if name and name not in values.constants else None
 
     return condition
 
 
-def _no_reduction(node: onnx.NodeProto, _file: _File) -> str | None:
+def _no_reduction(node: onnx.NodeProto, _values: _Values) -> str | None:
     mode = _attribute(node, "reduction", "none")
     return None if mode == "none" else f"reduction {mode} is not taken"
 
 
-def _top_k(node: onnx.NodeProto, file: _File) -> str | None:
+def _top_k(node: onnx.NodeProto, values: _Values) -> str | None:
     if not _attribute(node, "sorted", 1):
         return "sorted must be 1"
-    k = file.constants.get(node.input[1])
-    largest = int(numpy_helper.to_array(k).max()) if k is not None else 0
+    k = values.constant(node.input[1])
+    largest = int(k.max()) if k is not None else 0
     return None if largest <= LARGEST_K else f"k is {largest}, more than {LARGEST_K}"
 
 
-def _resize(node: onnx.NodeProto, _file: _File) -> str | None:
+def _resize(node: onnx.NodeProto, _values: _Values) -> str | None:
     for name, default, valid in _RESIZE:
         if (value := _attribute(node, name, default)) not in valid:
             return f"{name} {value} is not taken"
     return None
 
 
-def _four_dimensions(node: onnx.NodeProto, file: _File) -> str | None:
-    rank = file.rank(node.input[0])
+def _four_dimensions(node: onnx.NodeProto, values: _Values) -> str | None:
+    rank = values.rank(node.input[0])
     return None if rank in (None, 4) else f"its input has {rank} dimensions, not 4"
 
 
-def _zero_point(node: onnx.NodeProto, file: _File) -> str | None:
-    name = node.input[2] if len(node.input) > 2 else ""
-    return "its zero point must be 0" if name and not file.all_zero(name) else None
+def _zero_point(node: onnx.NodeProto, values: _Values) -> str | None:
+    zero = values.constant(node.input[2]) if len(node.input) > 2 else None
+    return "its zero point must be 0" if zero is not None and zero.astype(float).any() else None
 
 
-def _lstm(node: onnx.NodeProto, _file: _File) -> str | None:
+def _lstm(node: onnx.NodeProto, _values: _Values) -> str | None:
     wrong = [name for name in ("input_forget", "layout") if _attribute(node, name, 0)]
     return f"{wrong[0]} must be 0" if wrong else None
 
