@@ -130,7 +130,7 @@ def can_build(flavour: Flavour) -> str | None:
         except MobilemixError as error:
             return str(error)
         return None
-    if importlib.util.find_spec("tensorrt") is None and trtexec.find() is None:
+    if not _has_package() and trtexec.find() is None:
         return "neither the Python package tensorrt nor trtexec is installed; pip install 'mobilemix[tensorrt]'"
     return bindings.missing_gpu()
 
@@ -158,11 +158,8 @@ def build(model: Path, engine: Path, log: Path, flavour: Flavour, options: Build
     """
     options.check(flavour)
     profile = _profile(model, options.batch)
-    if flavour == "tensorrt" and importlib.util.find_spec("tensorrt") is None and (program := trtexec.find()):
-        command = trtexec.arguments(program, model, engine, options, profile)
-        began = time.perf_counter()
-        _run(command, "", log, options.timeout, NAMES[flavour])
-        return Built(engine, time.perf_counter() - began, engine.stat().st_size, trtexec.version(log), ())
+    if flavour == "tensorrt" and not _has_package() and (program := trtexec.find()):
+        return _with_trtexec(trtexec.arguments(program, model, engine, options, profile), engine, log, options.timeout)
     cache = str(options.timing_cache.resolve()) if options.timing_cache else None
     request = {
         "model": str(model.resolve()),
@@ -175,6 +172,20 @@ def build(model: Path, engine: Path, log: Path, flavour: Flavour, options: Build
         raise Refused(NAMES[flavour], refusals)
     layers = tuple(Layer(*layer) for layer in result["layers"])
     return Built(engine, result["seconds"], engine.stat().st_size, result["builder"], layers)
+
+
+def _with_trtexec(command: list[str], engine: Path, log: Path, timeout: float) -> Built:
+    engine.unlink(missing_ok=True)
+    began = time.perf_counter()
+    _run(command, "", log, timeout, "trtexec")
+    seconds = time.perf_counter() - began
+    if not engine.exists():
+        raise TargetError(f"trtexec wrote no engine; {_complaint(log)}")
+    return Built(engine, seconds, engine.stat().st_size, trtexec.version(log), ())
+
+
+def _has_package() -> bool:
+    return importlib.util.find_spec("tensorrt") is not None
 
 
 def _profile(model: Path, batch: tuple[int, int, int] | None) -> Profile:
@@ -203,7 +214,7 @@ def _work(request: dict[str, Any], flavour: Flavour, log: Path, timeout: float) 
     """What the worker answers; raises as `build` does, but for Refused."""
     if flavour == "tensorrt-rtx":
         bindings.rtx_libraries()  # raises here what says how to install it
-    elif importlib.util.find_spec("tensorrt") is None:
+    elif not _has_package():
         bindings.tensorrt()
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
