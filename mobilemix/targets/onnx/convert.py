@@ -52,6 +52,7 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
         (sample,) = noise(inputs_of(lowered.program), 1)
         misnamed = _compare(draft, tidied, dict(zip(lowered.input_names, sample.values(), strict=True)))
         model = ir.load(tidied)
+        _name_constants(model)
         if recipe.precision == "fp16":
             halve(model)
         _finish(model, misnamed, translation.modules, lowered, recipe.opset)
@@ -108,6 +109,17 @@ def _compare(before: Path, after: Path, sample: Inputs) -> set[str]:
         for name, value in values.items()
         if name in meant and (value.shape != meant[name].shape or relative_l2(value, meant[name]) > TIDY_TOLERANCE)
     }
+
+
+def _name_constants(model: ir.Model) -> None:
+    """Let no constant's name end in a digit.
+
+    ONNX Runtime's quantiser gives each reader of a bias a copy and numbers these: the copies of val_19 are val_191,
+    val_192, and so on, whether or not a node computes a value of that name.
+    """
+    for value in list(model.graph.initializers.values()):
+        if str(value.name)[-1].isdigit():
+            value.name = f"{value.name}.constant"
 
 
 def _finish(
