@@ -91,7 +91,7 @@ class Built:
         seconds: of the build alone, without starting and parsing.
         bytes: of the file.
         builder: name and version of what built it.
-        layers: of the network, constants left out; empty where `trtexec` built, which does not tell.
+        layers: of the network, without constants and arithmetic on shapes; none from `trtexec`, which does not tell.
     """
 
     engine: Path

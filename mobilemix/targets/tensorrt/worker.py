@@ -99,7 +99,7 @@ def _configure(trt: Any, config: Any, options: dict[str, Any]) -> None:
 
 
 def _layers(network: Any) -> list[tuple[str, str, str]]:
-    """Name, type and precision of every layer that computes.
+    """Name, type and precision of every layer that computes values, rather than shapes.
 
     A network that is strongly typed runs in the types that it declares. A product of two dequantised tensors is one of
     their quantised types: the builder fuses the dequantisation into it.
@@ -130,7 +130,7 @@ def _layers(network: Any) -> list[tuple[str, str, str]]:
     return [
         (layer.name, layer.type.name.lower(), precision(layer))
         for layer in layers
-        if layer.num_outputs and layer.type.name != "CONSTANT"
+        if layer.num_outputs and layer.type.name != "CONSTANT" and not layer.get_output(0).is_shape_tensor
     ]
 
 
