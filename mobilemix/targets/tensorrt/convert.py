@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import onnx_ir as ir
+
 from mobilemix import files
 from mobilemix.errors import InputError
 from mobilemix.recipe import Recipe
@@ -27,6 +29,14 @@ from mobilemix.targets.tensorrt.bindings import Flavour
 from mobilemix.targets.tensorrt.preflight import OPSETS, preflight
 from mobilemix.targets.tensorrt.refusals import unsupported
 
+
+def sort_top_k(model: ir.Model) -> None:
+    """Ask for the largest elements in their order: without, any order is right, and TensorRT knows this one alone."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "TopK":
+            node.attributes.pop("sorted", None)
+
+
 STEPS: tuple[Step, ...] = (
     *START,
     # What TensorRT has a layer of its own for, which sums in float32, or fuses by its shape.
@@ -37,6 +47,7 @@ STEPS: tuple[Step, ...] = (
     settle(image_convs.NORMS),
     settle(image_convs.CONVS),
     settle(image_convs.RESHAPES),
+    sort_top_k,
     *END,
 )
 """Rewrites that are right for any runtime.
@@ -46,7 +57,7 @@ matrix products of short sequences, channels in multiples of four, parts of conv
 TensorRT measures its own kernels, and their layouts, when it builds.
 """
 
-PARSER = "TensorRT's parser"
+PARSER = "TensorRT"
 
 
 def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
@@ -60,7 +71,7 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         TargetError: see `mobilemix.targets.onnx.convert.write`.
     """
     if recipe.opset not in OPSETS:
-        raise InputError(f"{PARSER} reads opsets up to {OPSETS.stop - 1}, not {recipe.opset}; leave out --opset")
+        raise InputError(f"{PARSER} reads opsets up to {OPSETS.stop - 1}, not {recipe.opset}; see --opset")
     write_onnx(lowered, recipe, destination, STEPS)
     if refusals := preflight(destination):
         raise unsupported(refusals, destination, lowered.program, PARSER)

@@ -47,11 +47,9 @@ def unsupported(refusals: Sequence[Refusal], path: Path, program: ExportedProgra
     where += f" and {len(places) - _SHOWN} more places" if len(places) > _SHOWN else ""
     others = sorted({each.operator for each in refusals} - {first.operator})
     besides = f"; nor {', '.join(others)}" if others else ""
-    remedy = f"the pass {REMOVED_BY[first.operator]} removes it" if first.operator in REMOVED_BY else ""
-    return UnsupportedOpError(
-        f"{name} does not take {first.operator}{where}: {first.reason}{besides}; "
-        + (remedy or "no pass of mobilemix removes it: write it with other operators")
-    )
+    remedy = REMOVED_BY.get(first.operator)
+    advice = f"the pass {remedy} removes such nodes" if remedy else "no pass removes it, write it with other operators"
+    return UnsupportedOpError(f"{name} does not take {first.operator}{where}: {first.reason}{besides}; {advice}")
 
 
 def _place(node: str, graph: onnx.GraphProto, program: fx.Graph) -> str | None:
