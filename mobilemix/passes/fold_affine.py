@@ -61,11 +61,11 @@ class FoldAffine(Pass):
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A map whose input is to be what it is now, divided by a scale, after a shift was taken from it; float64 (C,)."""
+    """A map, and the float64 parameters by which it makes the same of its input before the scale and shift."""
 
     node: fx.Node
-    scale: Tensor
-    shift: Tensor
+    weight: Tensor
+    bias: Tensor
 
 
 def readers_of(edit: Edit, value: fx.Node, found: Affine) -> list[Reader] | None:
@@ -88,11 +88,10 @@ def readers_of(edit: Edit, value: fx.Node, found: Affine) -> list[Reader] | None
 
 
 def let_read(edit: Edit, readers: list[Reader]) -> None:
-    """Give the maps weights for their new inputs."""
+    """Give the maps their parameters for their new inputs."""
     for reader in readers:
         with edit.at(reader.node):
-            folded = input_scaled(edit, reader.node, reader.scale, reader.shift)
-            edit.exchange(reader.node, with_parameters(edit, reader.node, *folded))
+            edit.exchange(reader.node, with_parameters(edit, reader.node, reader.weight, reader.bias))
 
 
 def _map(edit: Edit, node: fx.Node, value: fx.Node, found: Affine) -> list[Reader] | None:
@@ -105,12 +104,10 @@ def _map(edit: Edit, node: fx.Node, value: fx.Node, found: Affine) -> list[Reade
     if found.axis not in (None, axis) or (found.shift.any() and not sees_no_border(node)):
         return None
     whole = found.along(axis, node_shape(value)[axis])
-    weight = edit.constant(values["weight"])
-    assert weight is not None
-    scaled, shifted = input_scaled(edit, node, whole.scale, whole.shift)
-    if not fits_half(weight, scaled) or not fits_half(weight, shifted):
-        return None
-    return [Reader(node, whole.scale, whole.shift)]
+    before = edit.constant(values["weight"])
+    assert before is not None
+    weight, bias = input_scaled(edit, node, whole.scale, whole.shift)
+    return [Reader(node, weight, bias)] if fits_half(before, weight) and fits_half(before, bias) else None
 
 
 def _concatenation(edit: Edit, node: fx.Node, value: fx.Node, found: Affine) -> list[Reader] | None:

@@ -1,8 +1,10 @@
 """Scales of channels folded into the linear maps that they come from, however far."""
 
 import dataclasses
+import functools
 import itertools
 import operator
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -22,6 +24,9 @@ _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 HEADROOM = 8.0
 """By how much a value on the way may become larger than it was: three bits of float16's range."""
+
+_Change = Callable[[], None]
+"""What is still to be done to the graph."""
 
 
 class FoldScales(Pass):
@@ -49,22 +54,13 @@ class FoldScales(Pass):
         for node in list(edit.graph.nodes):
             found = affine(edit, node)
             if found and found.output is node and not found.shift.any():
-                writers = _writers(edit, found.input, found.scale, found.axis)
-                if writers:
-                    _let_write(edit, writers)
+                write = _write_scaled(edit, found.input, found.scale, found.axis)
+                if write:
+                    write()
                     edit.exchange(node, cast(Affine, affine(edit, node)).input)  # which may be a new node by now
             elif node.target is aten.add.Tensor and arguments(node)["alpha"] == 1 and found is None:
                 _defer(edit, node)
         return edit.finish()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Writer:
-    """A map, or a multiplication by a constant, whose result is to be multiplied by a scale, float64 (C,) or ()."""
-
-    node: fx.Node
-    scale: Tensor
-    axis: int | None
 
 
 def _defer(edit: Edit, node: fx.Node) -> None:
@@ -78,69 +74,70 @@ def _defer(edit: Edit, node: fx.Node) -> None:
             continue
         if not (found.scale.abs().min() >= 1 / HEADROOM and found.scale.abs().max() <= HEADROOM):
             continue
-        writers = _writers(edit, branch, 1 / found.scale, found.axis)
-        readers = writers and readers_of(edit, node, dataclasses.replace(found, output=node))
-        if writers and readers:
-            _let_write(edit, writers)
+        write = _write_scaled(edit, branch, 1 / found.scale, found.axis)
+        readers = write and readers_of(edit, node, dataclasses.replace(found, output=node))
+        if write and readers:
+            write()
             let_read(edit, readers)
             edit.exchange(skip, found.input)
             return
 
 
-def _let_write(edit: Edit, writers: list[_Writer]) -> None:
-    for writer in writers:
-        node = writer.node
-        with edit.at(node):
-            if is_map(edit, node):
-                scaled = output_scaled(edit, node, writer.scale, torch.zeros(()))
-                edit.exchange(node, with_parameters(edit, node, *scaled))
-                continue
-            found = cast(Affine, affine(edit, node))
-            factor = found.scale * writer.scale
-            axis = found.axis if writer.axis is None else writer.axis
-            if axis is not None:
-                factor = factor.reshape(-1, *[1] * (len(node_shape(node)) - 1 - axis))
-            constant = edit.add_constant(f"{_constant_name(edit, node)}_scaled", factor.to(node.meta["val"].dtype))
-            edit.exchange(node, edit.emit(aten.mul.Tensor, found.input, constant))
+def _write_scaled(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None, is_split: bool = False) -> _Change | None:
+    """How a map, or a multiplication by a constant, makes `node` times a scale, float64 (C,) or ().
 
-
-def _constant_name(edit: Edit, node: fx.Node) -> str:
-    return next((edit.name(x) for x in node.all_input_nodes if edit.constant(x) is not None), node.name)
-
-
-def _writers(
-    edit: Edit, node: fx.Node, scale: Tensor, axis: int | None, is_split: bool = False
-) -> list[_Writer] | None:
-    """What is to be scaled so that `node` is; None if that cannot be done, or something else would change too."""
+    None if that cannot be done, or something else would change too.
+    """
     if node.op != "call_function" or (len(node.users) != 1 and not is_split) or not scale.isfinite().all():
         return None
     if is_map(edit, node):
         return _map(edit, node, scale, axis)
     if only_moves(node):
         before = axis if axis is None else axis_before(node, axis)
-        return None if axis is not None and before is None else _writers(edit, operand(node), scale, before)
+        return None if axis is not None and before is None else _write_scaled(edit, operand(node), scale, before)
     if node.target in _MATMULS:
         return _product(edit, node, scale, axis) if scale.abs().max() <= HEADROOM else None
     if node.target is aten.relu.default:
-        return _writers(edit, operand(node), scale, axis) if scale.min() > 0 and scale.max() <= HEADROOM else None
+        return _write_scaled(edit, operand(node), scale, axis) if scale.min() > 0 and scale.max() <= HEADROOM else None
     if node.target is operator.getitem or node.target is aten.slice.Tensor:
         return _slice(edit, node, scale, axis)
     found = affine(edit, node)
     if found is None or found.shift.any() or not (None in (axis, found.axis) or axis == found.axis):
         return None
+    factor = found.scale * scale
     # Converters drop a factor that float16 cannot tell from one, and the builds of both precisions would differ.
-    return None if bool(((found.scale * scale).half() == 1).all()) else [_Writer(node, scale, axis)]
+    if bool((factor.half() == 1).all()):
+        return None
+    return functools.partial(_multiply, edit, node, found.input, factor, found.axis if axis is None else axis)
 
 
-def _map(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list[_Writer] | None:
+def _multiply(edit: Edit, node: fx.Node, x: fx.Node, factor: Tensor, axis: int | None) -> None:
+    """Let a multiplication by a constant multiply by another one."""
+    if axis is not None:
+        factor = factor.reshape(-1, *[1] * (len(node_shape(node)) - 1 - axis))
+    with edit.at(node):
+        constant = edit.add_constant(f"{_constant_name(edit, node)}_scaled", factor.to(node.meta["val"].dtype))
+        edit.exchange(node, edit.emit(aten.mul.Tensor, x, constant))
+
+
+def _constant_name(edit: Edit, node: fx.Node) -> str:
+    return next((edit.name(x) for x in node.all_input_nodes if edit.constant(x) is not None), node.name)
+
+
+def _map(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> _Change | None:
     if axis not in (None, channel_axis(node)) or len(arguments(node)["weight"].users) > 1:
         return None
     before, after = parameters(edit, node), output_scaled(edit, node, scale, torch.zeros(()))
     fit = all(fits_half(was, now) for was, now in zip(before, after, strict=True))
-    return [_Writer(node, scale, axis)] if fit else None
+    return functools.partial(_parametrise, edit, node, *after) if fit else None
 
 
-def _product(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list[_Writer] | None:
+def _parametrise(edit: Edit, node: fx.Node, weight: Tensor, bias: Tensor) -> None:
+    with edit.at(node):
+        edit.exchange(node, with_parameters(edit, node, weight, bias))
+
+
+def _product(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> _Change | None:
     left, right = cast(tuple[fx.Node, fx.Node], node.args)
     rank = len(node_shape(node))
     if left is right or min(len(node_shape(left)), len(node_shape(right))) < 2:
@@ -151,13 +148,13 @@ def _product(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list
             at = len(node_shape(side)) + summed
             if place < 0 or place == at or node_shape(side)[place] != len(scale):
                 continue
-        writers = _writers(edit, side, scale, place)
-        if writers:
-            return writers
+        write = _write_scaled(edit, side, scale, place)
+        if write:
+            return write
     return None
 
 
-def _slice(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list[_Writer] | None:
+def _slice(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> _Change | None:
     """Scale a slice of a value whose other users are slices too, of other entries."""
     source = operand(node)
     if node.target is operator.getitem:
@@ -181,4 +178,4 @@ def _slice(edit: Edit, node: fx.Node, scale: Tensor, axis: int | None) -> list[_
         return None
     whole = torch.ones(node_shape(source)[along], dtype=torch.float64)
     whole[start:stop] = scale
-    return _writers(edit, source, whole, along, is_split=True)
+    return _write_scaled(edit, source, whole, along, is_split=True)

@@ -8,9 +8,7 @@ from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
 from mobilemix.targets.onnx.rewrites import forms
 from mobilemix.targets.onnx.rewrites.constants import array, constant
-from mobilemix.targets.onnx.rewrites.layouts import KeepRead, image_of
-
-_PARTS = range(2, 5)
+from mobilemix.targets.onnx.rewrites.layouts import PARTS, KeepRead, image_of
 
 
 class AddChannels(RewriteRuleClassBase):  # type: ignore[misc]
@@ -84,4 +82,4 @@ class SplitUncut(KeepRead):
 
 
 CONVS: tuple[RewriteRule, ...] = (AddChannels.rule(),)
-SPLITS: tuple[RewriteRule, ...] = tuple(SplitUncut.rule(parts) for parts in _PARTS)
+SPLITS: tuple[RewriteRule, ...] = tuple(SplitUncut.rule(parts) for parts in PARTS)

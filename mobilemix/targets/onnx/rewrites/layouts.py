@@ -1,4 +1,4 @@
-"""Reshapes and transpositions: what reads them, in rules."""
+"""Reshapes, transpositions and splits: what rules about them share."""
 
 import math
 
@@ -7,6 +7,9 @@ from onnxscript.rewriter import RewriteRuleClassBase
 
 SWAP = (0, 2, 1)
 """(N, C, L) to (N, L, C) and back."""
+
+PARTS = range(2, 5)
+"""Numbers of parts of a Split that there are rules for, one rule each: a pattern has a fixed number of outputs."""
 
 
 class KeepRead(RewriteRuleClassBase):  # type: ignore[misc]

@@ -7,8 +7,7 @@ import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
 from mobilemix.targets.onnx.rewrites.constants import array, constant
-
-_PARTS = range(2, 5)
+from mobilemix.targets.onnx.rewrites.layouts import PARTS
 
 
 class SeparateConvs(RewriteRuleClassBase):  # type: ignore[misc]
@@ -50,4 +49,4 @@ class SeparateConvs(RewriteRuleClassBase):  # type: ignore[misc]
         ]
 
 
-RULES: tuple[RewriteRule, ...] = tuple(SeparateConvs.rule(parts) for parts in _PARTS)
+RULES: tuple[RewriteRule, ...] = tuple(SeparateConvs.rule(parts) for parts in PARTS)

@@ -8,7 +8,7 @@ from onnxscript.rewriter import RewriteRule, RewriteRuleClassBase
 
 from mobilemix.targets.onnx.rewrites import forms
 from mobilemix.targets.onnx.rewrites.constants import array, constant
-from mobilemix.targets.onnx.rewrites.layouts import SWAP, KeepRead, image_of, is_pointwise
+from mobilemix.targets.onnx.rewrites.layouts import PARTS, SWAP, KeepRead, image_of, is_pointwise
 
 
 class ConvAsProduct(RewriteRuleClassBase):  # type: ignore[misc]
@@ -168,7 +168,7 @@ TRANSPOSITIONS: tuple[RewriteRule, ...] = (
     Cancel.rule(),
     SwapPixels.rule(),
     SwapProduct.rule(),
-    *(SwapSplit.rule(parts) for parts in range(2, 5)),
+    *(SwapSplit.rule(parts) for parts in PARTS),
     *(SwapUnary.rule(operator) for operator in ("Sigmoid", "Relu", "Tanh")),
     *(SwapBinary.rule(operator) for operator in ("Mul", "Add")),
     *(SwapScalar.rule(operator) for operator in ("Mul", "Add")),
