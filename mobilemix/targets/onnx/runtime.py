@@ -12,9 +12,10 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as Missin
 
 from mobilemix.errors import InputError, TargetError, first_line
 from mobilemix.targets.base import Array, Inputs
+from mobilemix.targets.onnx import emulation
 
 _FATAL_ONLY = 4
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -35,7 +36,10 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 
 class OnnxRunner:
-    """An ONNX model in ONNX Runtime; `optimised` False runs its nodes exactly as they are written."""
+    """An ONNX model in ONNX Runtime; `optimised` False runs its nodes exactly as they are written.
+
+    bfloat16 is emulated, see `mobilemix.targets.onnx.emulation`.
+    """
 
     def __init__(self, path: Path, optimised: bool = True) -> None:
         """Open the file.
@@ -44,9 +48,13 @@ class OnnxRunner:
             InputError: missing, corrupt, or not ONNX.
             TargetError: ONNX Runtime has no kernel for one of its nodes.
         """
-        read_model(path)  # says what is wrong with a file that is none
         self._path = path
-        self._session = _open(str(path), optimised)
+        model = read_model(path)  # says what is wrong with a file that is none
+        if emulation.is_needed(model):
+            emulation.emulate(model, path.parent)
+            self._session = _open(model.SerializeToString(), optimised)
+        else:
+            self._session = _open(str(path), optimised)
 
     def run(self, inputs: Inputs) -> dict[str, Array]:
         """Execute; outputs by name, float32.
@@ -78,6 +86,8 @@ def trace(path: Path, inputs: Inputs) -> tuple[dict[str, Array], dict[str, Array
 def observe(path: Path, names: Iterable[str], samples: Iterable[Inputs]) -> Iterator[dict[str, Array]]:
     """These values of a file, inputs among them or not, for each sample; float32. Raises as `trace` does."""
     model = read_model(path)
+    if emulation.is_needed(model):
+        emulation.emulate(model, path.parent)
     given = {value.name for value in model.graph.input}
     wanted = dict.fromkeys(names)
     del model.graph.output[:]
