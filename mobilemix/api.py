@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mobilemix import __version__, assets, files
+from mobilemix import __version__, assets, batches, files
 from mobilemix.capture import capture
-from mobilemix.errors import CaptureError, InputError, UnknownNameError
+from mobilemix.errors import BatchError, CaptureError, InputError, UnknownNameError
 from mobilemix.labels import read_labels
 from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, versions
 from mobilemix.models.checkpoint import fingerprint
@@ -34,6 +34,8 @@ from mobilemix.threads import spread
 
 NOISE_SAMPLES = 2
 PHOTOGRAPHS = 5
+ROWS = 4
+"""Photographs of which dynamic batches are made, or samples of noise where there are none; else 2 of these."""
 
 
 @contextlib.contextmanager
@@ -92,12 +94,44 @@ class Prepared:
     @functools.cached_property
     def samples(self) -> dict[str, list[Inputs]]:
         """Inputs to compare on: noise, and the shipped photographs if the input is an image of batch 1."""
+        if self.trials is not None:
+            return self.trials.samples()
         inputs = inputs_of(self.lowered.program)
         samples = {"noise": noise(inputs, NOISE_SAMPLES)}
         if self.source.preprocess is not None and inputs[0].shape[0] == 1:
-            photographs = assets.photographs()[:PHOTOGRAPHS]
-            samples["photographs"] = [{inputs[0].name: self.source.preprocess(path)} for path in photographs]
+            samples["photographs"] = self._photographs(PHOTOGRAPHS)
         return samples
+
+    @functools.cached_property
+    def probes(self) -> dict[str, Inputs]:
+        """One sample of each set, of the very shapes that the program has."""
+        if self.trials is not None:
+            return self.trials.probes()
+        return {name: samples[-1] for name, samples in self.samples.items()}
+
+    @functools.cached_property
+    def trials(self) -> batches.Trials | None:
+        """What a dynamic batch is tried on; None for a fixed one."""
+        if self.lowered.dynamic_batch is None:
+            return None
+        shapes = self.source.input_shapes
+        inputs = inputs_of(self.lowered.program)
+        batched = {each.name for each, shape in zip(inputs, shapes, strict=True) if batches.has_batch(shape, shapes)}
+        single = [
+            dataclasses.replace(each, shape=(1, *each.shape[1:])) if each.name in batched else each for each in inputs
+        ]
+        is_image = self.source.preprocess is not None
+        first, *others = noise(single, NOISE_SAMPLES if is_image else ROWS)
+        shared = {name: value for name, value in first.items() if name not in batched}
+        rows = {"noise": [first, *({**other, **shared} for other in others)]}
+        if is_image:
+            rows["photographs"] = self._photographs(ROWS)
+        return batches.Trials(rows, batches.sizes_to_try(*self.lowered.dynamic_batch), frozenset(batched))
+
+    def _photographs(self, count: int) -> list[Inputs]:
+        assert self.source.preprocess is not None
+        (name,) = self.lowered.input_names
+        return [{name: self.source.preprocess(path)} for path in assets.photographs()[:count]]
 
     @functools.cached_property
     def specialised(self) -> dict[str, tuple[Lowered, tuple[str, ...]]]:
@@ -107,9 +141,11 @@ class Prepared:
     @functools.cached_property
     def references(self) -> dict[str, Reference]:
         """What the source model answers to the samples."""
-        module, complex_names = self.source.module, self.lowered.complex_names
+        ask = functools.partial(reference, self.source.module, complex_inputs=self.lowered.complex_names)
         with shim(*self.source.shim):
-            return {name: reference(module, samples, complex_names) for name, samples in self.samples.items()}
+            if self.trials is not None:
+                return self.trials.references(ask)
+            return {name: ask(samples) for name, samples in self.samples.items()}
 
 
 def export(
@@ -150,10 +186,11 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
     with stages("load"):
         source = load_source(recipe, module)
     with stages("capture"):
-        captured = capture_source(source)
+        captured, *more = _capture(source, recipe)
     with stages("rewrite"):
         passes: list[str] = []
         program = lower(captured, SHARED, log=passes.append)
+        larger = next((lower(each, SHARED) for each in more), None)
     input_names = tuple(each.name for each in inputs_of(program))
     shapes = [shape for shape, _ in outputs_of(program)]
     output_names = _output_names(shapes)
@@ -170,8 +207,29 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
         labels=_labels(labels, source, shapes[0]),
         metadata={**source.metadata, "version": __version__},
         complex_names=frozenset(name for name, dtype in source_dtypes if dtype.startswith("complex")),
+        dynamic_batch=recipe.dynamic_batch,
+        larger=larger,
     )
-    return Prepared(source, lowered, output_dtypes, _distinct(passes), stages.seconds)
+    prepared = Prepared(source, lowered, output_dtypes, _distinct(passes), stages.seconds)
+    if larger is not None:
+        batches.check_outputs((program, larger))
+        with stages("reference"):
+            _ = prepared.references  # what depends on the batch should not cost a compilation
+    return prepared
+
+
+def _capture(source: Source, recipe: Recipe) -> list[ExportedProgram]:
+    """The model once, or for two batches."""
+    if recipe.dynamic_batch is None:
+        return [capture_source(source)]
+    captured = []
+    for batch in batches.CAPTURED:
+        shapes = batches.resized(source.input_shapes, batch)
+        try:
+            captured.append(capture_source(dataclasses.replace(source, input_shapes=shapes)))
+        except CaptureError as error:
+            raise BatchError(f"the model cannot take a batch of {batch}: {error}") from error
+    return captured
 
 
 def capture_source(source: Source) -> ExportedProgram:
@@ -300,7 +358,8 @@ def _specialise(prepared: Prepared, target: Target) -> tuple[Lowered, tuple[str,
     if target.name not in prepared.specialised:
         passes = list(prepared.passes)
         program = lower(prepared.lowered.program, target.passes, log=passes.append)
-        lowered = dataclasses.replace(prepared.lowered, program=program)
+        larger = prepared.lowered.larger and lower(prepared.lowered.larger, target.passes)
+        lowered = dataclasses.replace(prepared.lowered, program=program, larger=larger)
         prepared.specialised[target.name] = lowered, _distinct(passes)
     return prepared.specialised[target.name]
 
@@ -315,15 +374,18 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
         tolerance = dataclasses.replace(tolerance, relative_l2=recipe.tolerance)
     runner = target.load(artifact)
     sets = dict(prepared.samples)
-    if recipe.precision == "int8":
-        del sets["noise"]  # beyond what photographs calibrate
+    if recipe.precision == "int8":  # noise is beyond what photographs calibrate
+        sets = {name: samples for name, samples in sets.items() if not name.startswith("noise")}
     agreement = {}
     for name, samples in sets.items():
         answers = spread(runner.run, samples)
         outputs = [[answer[output] for output in lowered.output_names] for answer in answers]
+        if prepared.trials is not None:
+            outputs = batches.unstacked(outputs)
         agreement[name] = compare(outputs, prepared.references[name].outputs)
-    # The last sample of each set: noise and, where there is one, a photograph.
-    checks = target.checks(lowered, recipe, artifact, [samples[-1] for samples in sets.values()])
+    # Noise and, where there is one, a photograph.
+    probes = {id(probe): probe for name, probe in prepared.probes.items() if name in sets}
+    checks = target.checks(lowered, recipe, artifact, list(probes.values()))
     if recipe.max_size_mb is not None:
         megabytes = files.size(artifact) / 1e6
         checks.append(
@@ -332,14 +394,15 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
     worst = max(agreement, key=lambda name: agreement[name].relative_l2)
     departs = None
     if not agreement[worst].within(tolerance):
-        sample = sets[worst][0]
-        departs = first_departure(lowered.program, runner, sample, tolerance.relative_l2)
+        departs = first_departure(lowered.program, runner, prepared.probes[worst], tolerance.relative_l2)
         departs = departs or "no value departs from the rewritten program: the capture or a pass changed the function"
     return Parity(agreement, prepared.references[worst].dtype, tolerance, tuple(checks), departs)
 
 
 def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
     """Every default made explicit, so that the manifest says what was done."""
+    if recipe.dynamic_batch != prepared.lowered.dynamic_batch:
+        raise InputError("the model was prepared for another dynamic_batch; prepare it with this recipe")
     precision = recipe.precision or target.precisions[0]
     if precision not in target.precisions:
         raise UnknownNameError(f"precision for the target {target.name}", precision, target.precisions)
@@ -364,11 +427,15 @@ def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
 def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe, target: Target) -> dict[str, Any]:
     source, lowered = prepared.source, prepared.lowered
 
-    def stated(shape: tuple[int, ...], dtype: str, source_dtype: str) -> dict[str, Any]:
+    trials = prepared.trials
+    batched = trials.batched.union(lowered.output_names) if trials else ()
+
+    def stated(name: str, shape: tuple[int, ...], dtype: str, source_dtype: str) -> dict[str, Any]:
         """What the artifact takes or gives, and what that is in the source where it is not the same."""
+        sizes = (batches.BATCH, *shape[1:]) if name in batched else shape
         dtype = target.stored_dtypes.get(dtype, dtype)
         origin = {} if dtype == source_dtype else {"source": source_dtype}
-        return {"shape": shape, "dtype": dtype, **origin, **(_PAIRS if source_dtype.startswith("complex") else {})}
+        return {"shape": sizes, "dtype": dtype, **origin, **(_PAIRS if source_dtype.startswith("complex") else {})}
 
     inputs = zip(inputs_of(lowered.program), source.input_dtypes, strict=True)
     outputs = zip(lowered.output_names, outputs_of(lowered.program), prepared.output_dtypes, strict=True)
@@ -379,9 +446,14 @@ def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe, tar
             "weights_sha256": fingerprint(source.module),
             "parameters": sum(parameter.numel() for parameter in source.module.parameters()),
         },
-        "inputs": {each.name: stated(each.shape, each.dtype, dtype) for each, dtype in inputs},
+        "inputs": {each.name: stated(each.name, each.shape, each.dtype, dtype) for each, dtype in inputs},
         "preprocess": source.preprocess,
-        "outputs": {name: stated(*value, dtype) for name, value, dtype in outputs},
+        "outputs": {name: stated(name, *value, dtype) for name, value, dtype in outputs},
+        **(
+            {"batch": dict(zip(("min", "opt", "max"), recipe.dynamic_batch, strict=True))}
+            if recipe.dynamic_batch
+            else {}
+        ),
         "labels": len(lowered.labels) if lowered.labels else 0,
         "target": recipe.target,
         "precision": recipe.precision,

@@ -93,6 +93,12 @@ def export(
     ] = None,
     std: Annotated[str | None, typer.Option(help="Likewise: 0.229,0.224,0.225.")] = None,
     labels: Annotated[Path | None, typer.Option(help="File with one class name a line.")] = None,
+    dynamic_batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN,OPT,MAX", help="Leave the batch open, between two sizes, at its best at a third: 1,8,64."
+        ),
+    ] = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset version; 18 if left out.")] = None,
     minimum_ios: Annotated[
         int | None, typer.Option(help="Oldest iOS that must run the Core ML package; 16 if left out.")
@@ -126,6 +132,7 @@ def export(
         "mean": _numbers(mean),
         "std": _numbers(std),
         "labels": labels,
+        "dynamic_batch": _integers(dynamic_batch),
         "opset": opset,
         "minimum_ios": minimum_ios,
         "shim": tuple(shim) if shim else None,
@@ -146,10 +153,13 @@ def export(
     from mobilemix import api
 
     with _progress("Exporting") as listener:
-        prepared = api.prepare(recipes[0], listener=listener)
-        exports = [api.deploy(prepared, each, output, listener=listener) for each in recipes]
-    if prepared.source.weights == "random":
-        typer.echo(f"note: {prepared.source.name} has random weights; give a checkpoint with --weights", err=True)
+        # Targets that cannot leave the batch open have a program of their own.
+        distinct = {each.dynamic_batch: each for each in recipes}
+        prepared = {batch: api.prepare(each, listener=listener) for batch, each in distinct.items()}
+        exports = [api.deploy(prepared[each.dynamic_batch], each, output, listener=listener) for each in recipes]
+    source = next(iter(prepared.values())).source
+    if source.weights == "random":
+        typer.echo(f"note: {source.name} has random weights; give a checkpoint with --weights", err=True)
     if json:
         from mobilemix.manifest import dumps
 
@@ -379,6 +389,13 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
         return None if text is None else tuple(float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"'{text}' is not a comma list of numbers, such as 0.485,0.456,0.406") from None
+
+
+def _integers(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"'{text}' is not a comma list of whole numbers, such as 1,8,64") from None
 
 
 def _console(*, stderr: bool = False) -> Any:

@@ -6,6 +6,7 @@
     ├── InputError                  a shape, image or file that the model or the command cannot take
     ├── OutputError                 the destination cannot be written
     ├── CaptureError                torch.export could not capture the model
+    ├── BatchError                  a model that cannot leave its batch open
     ├── UnsupportedOpError          a pass or a target has no rule for an operator
     ├── TargetError                 the target's own compiler refused the graph
     └── MissingDependencyError      an optional package is not installed
@@ -46,6 +47,10 @@ class OutputError(MobilemixError):
 
 class CaptureError(MobilemixError):
     """`torch.export` could not capture the model."""
+
+
+class BatchError(MobilemixError):
+    """A model that cannot leave its batch open: it takes one size, couples the samples, or is not the same for all."""
 
 
 class UnsupportedOpError(MobilemixError):

@@ -22,12 +22,13 @@ INPUT_DTYPES = ("float32", "complex64", "int64", "int32", "bool")
 MINIMUM_IOS = (15, 16, 17, 18)
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
 TARGETS_OF = {
+    "dynamic_batch": ("onnx", "tensorrt", "tensorrt-rtx"),
     "workspace_mb": ("tensorrt", "tensorrt-rtx"),
     "timing_cache": ("tensorrt",),
     "hardware_compatibility": ("tensorrt",),
     "version_compatible": ("tensorrt",),
 }
-"""Fields that only some targets have: those of the builders of engines."""
+"""Fields that only some targets have."""
 OPSETS = range(18, 22)
 
 
@@ -46,6 +47,8 @@ class Recipe:
             model's own.
         input_dtypes: dtype of each input, from `INPUT_DTYPES`; empty is float32 for all.
         mean, std: per-channel normalisation of [0, 1] pixels; empty is the model's own.
+        dynamic_batch: smallest, most frequent and largest batch of an artifact that leaves it open; the batch is the
+            first axis of every input where it has the first input's size. None is a fixed batch.
         opset: ONNX opset version.
         minimum_ios: oldest iOS that must run the Core ML package.
         labels: file with one class name a line; None uses the model's own where it has them.
@@ -67,6 +70,7 @@ class Recipe:
     input_dtypes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    dynamic_batch: tuple[int, int, int] | None = None
     opset: int = 18
     minimum_ios: int = 16
     labels: Path | None = None
@@ -111,6 +115,10 @@ class Recipe:
             )
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
             raise InputError(f"mean {self.mean} and std {self.std} must have one value a channel, std above 0")
+        sizes = (1, 1, 1) if self.dynamic_batch is None else self.dynamic_batch
+        if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            given = ",".join(map(str, sizes))
+            raise InputError(f"dynamic_batch {given} is not min,opt,max with 1 <= min <= opt <= max, such as 1,8,64")
         for name in ("tolerance", "max_size_mb", "workspace_mb"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -181,6 +189,10 @@ def _numbers(value: Any, base: Path) -> tuple[float, ...]:
     return tuple(_number(item, base) for item in value)
 
 
+def _integers(value: Any, base: Path) -> tuple[int, ...]:
+    return tuple(_integer(item, base) for item in value)
+
+
 def _texts(value: Any, base: Path) -> tuple[str, ...]:
     """Accept one text or a list of them."""
     return tuple(_text(item, base) for item in ([value] if isinstance(value, str) else value))
@@ -202,6 +214,7 @@ _READERS: dict[str, Callable[[Any, Path], Any]] = {
     "input_dtypes": _texts,
     "mean": _numbers,
     "std": _numbers,
+    "dynamic_batch": _integers,
     "opset": _integer,
     "minimum_ios": _integer,
     "labels": _path,

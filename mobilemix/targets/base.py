@@ -29,6 +29,9 @@ class Lowered:
             None for a model that takes no image.
         labels: class names of the first output's last axis, or None.
         metadata: what to write into the artifact (author, license, description, paper …).
+        dynamic_batch: smallest, most frequent and largest batch, if the artifact leaves it open; the program is for
+            the first of `mobilemix.batches.CAPTURED` then.
+        larger: the same program for the second of them.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Lowered:
     labels: tuple[str, ...] | None
     metadata: Mapping[str, str]
     complex_names: frozenset[str] = frozenset()
+    dynamic_batch: tuple[int, int, int] | None = None
+    larger: ExportedProgram | None = None
 
 
 class Runner(Protocol):

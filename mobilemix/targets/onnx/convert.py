@@ -1,6 +1,7 @@
 """Lowered program → checked ONNX file: translate, rewrite, tidy with onnxsim, name, describe, check, write."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import tempfile
@@ -18,6 +19,7 @@ from mobilemix.parity import noise, relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
+from mobilemix.targets.onnx.batch import generalise
 from mobilemix.targets.onnx.half import halve
 from mobilemix.targets.onnx.rewrites import PASSES, Step, rewrite
 from mobilemix.targets.onnx.runtime import trace
@@ -41,25 +43,36 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
     Raises:
         UnsupportedOpError: an operator that ONNX has none for.
         TargetError: torch.onnx, onnxsim or the checker refused the graph, or onnxsim changed what it computes.
+        BatchError: the batch is to be left open, and cannot be.
     """
-    translation = translate(lowered, recipe.opset)
-    model = translation.model
-    rewrite(model, steps)
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         draft, tidied, final = (Path(folder, stage, destination.name) for stage in ("draft", "tidied", "final"))
-        save(model, draft)
-        _tidy(draft, tidied)
+        modules = _simplify(lowered, recipe, steps, draft, tidied)
         (sample,) = noise(inputs_of(lowered.program), 1)
         misnamed = _compare(draft, tidied, dict(zip(lowered.input_names, sample.values(), strict=True)))
         model = ir.load(tidied)
+        if lowered.larger is not None:
+            larger = dataclasses.replace(lowered, program=lowered.larger)
+            draft, tidied = (Path(folder, f"larger {stage}", destination.name) for stage in ("draft", "tidied"))
+            _simplify(larger, recipe, steps, draft, tidied)
+            generalise(model, ir.load(tidied), lowered.program.graph)
         _name_constants(model)
         if recipe.precision == "fp16":
             halve(model)
-        _finish(model, misnamed, translation.modules, lowered, recipe.opset)
+        _finish(model, misnamed, modules, lowered, recipe.opset)
         save(model, final)
         check(final)
         for file in sorted(final.parent.iterdir(), key=lambda file: file == final):  # the model after its weights
             file.replace(destination.with_name(file.name))
+
+
+def _simplify(lowered: Lowered, recipe: Recipe, steps: Sequence[Step], draft: Path, tidied: Path) -> Mapping[str, str]:
+    """Write the graph as the rewrites leave it, and tidied; returns the modules that its values are from."""
+    translation = translate(lowered, recipe.opset)
+    rewrite(translation.model, steps)
+    save(translation.model, draft)
+    _tidy(draft, tidied)
+    return translation.modules
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -152,6 +165,8 @@ def _metadata(lowered: Lowered) -> dict[str, str]:
     described = {key: json.dumps(values, ensure_ascii=False) for key, values in lists.items() if values is not None}
     if lowered.complex_names:
         described["complex"] = json.dumps(sorted(lowered.complex_names))
+    if lowered.dynamic_batch is not None:
+        described["dynamic_batch"] = json.dumps(lowered.dynamic_batch)
     return {"model": lowered.name, **described, **lowered.metadata}
 
 

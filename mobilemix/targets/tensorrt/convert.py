@@ -117,6 +117,7 @@ def options_of(recipe: Recipe) -> builder.BuildOptions:
         timing_cache=recipe.timing_cache,
         hardware_compatibility=cast(Any, recipe.hardware_compatibility or "none"),
         version_compatible=recipe.version_compatible,
+        batch=recipe.dynamic_batch,
     )
 
 
