@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 from mobilemix.errors import MissingDependencyError, TargetError, first_line
 
@@ -113,6 +113,21 @@ def missing_gpu() -> str | None:
     if status := driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return f"the NVIDIA driver reports error {status}"
     return None if count.value else "no NVIDIA GPU"
+
+
+def quiet_logger(trt: Any) -> Any:
+    """A logger that keeps errors, in its list `errors`, and prints nothing; for the API `trt` of either flavour."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # `super()` does not reach the part that C++ sees
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Log()
 
 
 def _library(folder: Path, stem: str) -> Path:

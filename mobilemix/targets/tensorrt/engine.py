@@ -56,7 +56,7 @@ class EngineRunner:
         if reason := bindings.missing_gpu():
             raise TargetError(f"{path.name} cannot be executed here: {reason}")
         self._trt = found.module
-        self._log = _logger(found.module)  # must outlive what is made with it
+        self._log = bindings.quiet_logger(found.module)  # must outlive what is made with it
         self._runtime = found.module.Runtime(self._log)
         if host_code:
             self._runtime.engine_host_code_allowed = True
@@ -133,18 +133,3 @@ class EngineRunner:
 
     def _dtype(self, name: str) -> Any:
         return DTYPES[self._engine.get_tensor_dtype(name).name]
-
-
-def _logger(trt: Any) -> Any:
-    """A logger that keeps the errors and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # `super()` does not reach the part that C++ sees
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Log()

@@ -125,7 +125,8 @@ def find_device() -> Any:
 def _check(content: bytes, name: str) -> None:
     """Refuse what does not begin as an engine does; what the GPU makes of it is another question."""
     trt = bindings.rtx().module
-    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    log = bindings.quiet_logger(trt)
+    runtime = trt.Runtime(log)
     _, diagnostics = runtime.get_engine_validity(content[: runtime.engine_header_size])
     if len(content) < runtime.engine_header_size or diagnostics & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE):
         raise InputError(f"{name} is not an engine of TensorRT for RTX, or it is cut short")
