@@ -11,6 +11,7 @@ from conftest import SHAPE
 
 from mobilemix import api, cli, targets
 from mobilemix.models import registry
+from mobilemix.targets.tensorrt import builder
 
 COMMAND = [sys.executable, "-m", "mobilemix"]
 
@@ -150,6 +151,17 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
         (["export", "-t", "corml"], "unknown target 'corml'; did you mean 'coreml'? Valid: coreml, litert, onnx"),
         (["export", "--precision", "fp61"], "unknown precision 'fp61'; did you mean 'fp16'? Valid: fp16, fp32, int8"),
         (["export", "-t", "litret"], "unknown target 'litret'; did you mean 'litert'?"),
+        (["export", "-t", "tensorrt", "--opset", "17"], "opset 17 is not supported; valid: 18 to 21"),
+        (["export", "--workspace", "64"], "the target coreml has no workspace_mb; only tensorrt and tensorrt-rtx"),
+        (["export", "-t", "onnx", "--timing-cache", "cache"], "the target onnx has no timing_cache; only tensorrt can"),
+        (["export", "-t", "onnx", "--version-compatible"], "the target onnx has no version_compatible"),
+        (["export", "-t", "onnx", "--hardware-compatibility", "none"], "the target onnx has no hardware_compatibility"),
+        (["export", "-t", "tensorrt-rtx", "--version-compatible"], "the target tensorrt-rtx has no version_compatible"),
+        (["export", "-t", "tensorrt", "--workspace", "0"], "workspace_mb must be above 0, not 0"),
+        (
+            ["export", "-t", "tensorrt", "--hardware-compatibility", "ampere"],
+            "unknown hardware compatibility 'ampere'; did you mean 'ampere_plus'?",
+        ),
         (["export", "--opset", "9"], "opset 9 is not supported; valid: 18 to 21"),
         (["export", "--minimum-ios", "12"], "iOS 12 is not supported; valid: 15, 16, 17, 18"),
         (["export", "--input", "1x3xtall"], "--input cannot be '1x3xtall'"),
@@ -186,6 +198,69 @@ def test_bad_input_is_one_line_and_exit_code_2(mobilemix, tmp_path, monkeypatch,
     assert message in lines[0]
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_whose_libraries_are_missing_names_its_extra(mobilemix, tmp_path, monkeypatch):
+    monkeypatch.setitem(targets.EXTRAS, "tensorrt-rtx", {"nowhere_to_be_found": "tensorrt-rtx-cu13-bindings"})
+    code, out, err = mobilemix("export", "-t", "tensorrt-rtx", "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: the target tensorrt-rtx needs tensorrt-rtx-cu13-bindings, which is not installed; "
+        "pip install 'mobilemix[tensorrt-rtx]'\n"
+    )
+
+
+def test_tensorrt_without_a_gpu_says_what_was_not_checked(mobilemix, network, tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "can_build", lambda flavour: "no NVIDIA driver")
+    export = ("export", network, "-t", "onnx,tensorrt", "--workspace", 64, "--input", SHAPE, "-o", tmp_path)
+    code, out, _ = mobilemix(*export)
+    assert code == 0
+    assert [
+        line.split(" · ")[0] for line in out.splitlines() if line.startswith(("verified", "engine", "not run"))
+    ] == [
+        f"verified {tmp_path / 'make.onnx'}",
+        "not run TensorRT engine: neither parsed by TensorRT nor built: no NVIDIA driver; on the device, run "
+        "trtexec --onnx=make.tensorrt.onnx --stronglyTyped, or export again",
+        f"verified {tmp_path / 'make.tensorrt.onnx'}",
+    ]
+    code, out, _ = mobilemix("verify", tmp_path / "make.tensorrt.onnx")
+    assert code == 0
+    assert "not run TensorRT engine" in out
+    code, out, _ = mobilemix(*export, "--json")
+    assert code == 0
+    builds = [one["manifest"]["build"] for one in json.loads(out)]
+    assert builds == [{}, {"files": {}, "reason": "no NVIDIA driver"}]
+    code, out, _ = mobilemix("inspect", tmp_path / "make.tensorrt.onnx")
+    assert code == 0
+    assert "nothing in it is known to stop a runtime" in out
+
+
+@pytest.mark.skipif(bool(builder.can_build("tensorrt-rtx")), reason="needs pip install 'mobilemix[tensorrt-rtx]'")
+def test_an_engine_has_a_line_of_its_own(mobilemix, network, tmp_path):
+    code, out, _ = mobilemix("export", network, "-t", "tensorrt-rtx", "--input", SHAPE, "-o", tmp_path)
+    assert code == 0
+    *_, line = out.splitlines()
+    assert line.startswith(f"engine {tmp_path / 'make.rtx.engine'} · ")
+    assert " MB · " in line
+    assert "TensorRT for RTX 1." in line
+    assert "no GPU: built ahead of time · layers: " in line
+    assert mobilemix("verify", tmp_path / "make.rtx.onnx")[0] == 0
+
+
+def test_what_tensorrt_does_not_take_is_one_line(mobilemix, tmp_path):
+    (tmp_path / "bits.py").write_text(
+        "from torch import nn\n\n"
+        "class Bits(nn.Module):\n"
+        "    def forward(self, image):\n"
+        "        return (image.int() & 3).float()\n"
+    )
+    model = f"{tmp_path / 'bits.py'}:Bits"
+    code, out, err = mobilemix("export", model, "-t", "tensorrt", "--input", "1x4", "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    (line,) = err.strip().splitlines()
+    assert "TensorRT does not take BitwiseAnd at" in line
+    assert "bits.py:5 (return (image.int() & 3).float())" in line
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

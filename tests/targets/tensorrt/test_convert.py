@@ -187,17 +187,18 @@ def test_the_engine_of_an_older_file_does_not_stay(
     ("error", "kind", "message"),
     [
         (TargetError("out of memory"), TargetError, "out of memory"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
         (
             Refused("TensorRT", (Refusal("gelu", "Erf", "no importer"),)),
             UnsupportedOpError,
             r"TensorRT does not take Erf at \S*spectral_net\.py:\d+ \(return self\.head\(nn\.functional\.gelu",
         ),
     ],
-    ids=["builder", "parser"],
+    ids=["builder", "interrupt", "parser"],
 )
 def test_a_build_that_fails_leaves_the_old_artifact(
-    error: Exception,
-    kind: type[Exception],
+    error: BaseException,
+    kind: type[BaseException],
     message: str,
     prepared: api.Prepared,
     recipe: Recipe,
