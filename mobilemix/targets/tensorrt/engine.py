@@ -57,6 +57,7 @@ class EngineRunner:
             raise TargetError(f"{path.name} cannot be executed here: {reason}")
         self._trt = found.module
         self._log = bindings.quiet_logger(found.module)  # must outlive what is made with it
+        found.module.init_libnvinfer_plugins(self._log, "")
         self._runtime = found.module.Runtime(self._log)
         if host_code:
             self._runtime.engine_host_code_allowed = True

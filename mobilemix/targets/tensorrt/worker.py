@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from mobilemix.errors import MobilemixError, first_line
+from mobilemix.errors import InputError, MobilemixError, first_line
 from mobilemix.targets.tensorrt import bindings
 
 # TensorRT's names of data types, by ours.
@@ -44,6 +44,7 @@ def _work(
     found = bindings.load(flavour)
     trt = found.module
     logger = trt.Logger(trt.Logger.INFO)
+    trt.init_libnvinfer_plugins(logger, "")  # the parser falls back on them
     builder = trt.Builder(logger)
     # Version 11 knows nothing but strongly typed networks, and may one day have no such flag.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
@@ -57,6 +58,7 @@ def _work(
     elif engine is not None:
         config = builder.create_builder_config()
         _configure(trt, config, options)
+        cache = _timing_cache(config, options["timing_cache"])  # has to outlive the build
         if profile:
             shapes = builder.create_optimization_profile()
             for name, bounds in profile.items():
@@ -68,8 +70,8 @@ def _work(
         if plan is None:
             return {"error": ""}
         Path(engine).write_bytes(memoryview(plan))
-        if path := options["timing_cache"]:
-            Path(path).write_bytes(memoryview(config.get_timing_cache().serialize()))
+        if cache is not None:
+            Path(options["timing_cache"]).write_bytes(memoryview(cache.serialize()))
         result["layers"] = _layers(network)
     return result
 
@@ -85,9 +87,6 @@ def _configure(trt: Any, config: Any, options: dict[str, Any]) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)
     if megabytes := options["workspace_mb"]:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, megabytes << 20)
-    if path := options["timing_cache"]:
-        content = Path(path).read_bytes() if Path(path).exists() else b""
-        config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False)
     if (level := options["hardware_compatibility"]) != "none":
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level.upper())
     if options["version_compatible"]:
@@ -96,6 +95,16 @@ def _configure(trt: Any, config: Any, options: dict[str, Any]) -> None:
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper()), index)
+
+
+def _timing_cache(config: Any, path: str | None) -> Any:
+    """The cache that the builder is to read and fill, or None."""
+    if path is None:
+        return None
+    cache = config.create_timing_cache(Path(path).read_bytes() if Path(path).exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise InputError(f"the timing cache {path} is of another GPU or version, or corrupt; delete it")
+    return cache
 
 
 def _layers(network: Any) -> list[tuple[str, str, str]]:

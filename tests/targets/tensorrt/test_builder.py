@@ -86,6 +86,16 @@ def test_options_of_rtx_reach_the_builder(tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_a_timing_cache_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the builder of RTX, which keeps nothing in it, but has the same API."""
+    monkeypatch.setitem(builder._LACKS, "tensorrt-rtx", {})
+    model, cache = conv(tmp_path / "conv.onnx"), tmp_path / "cache"
+    _build(model, BuildOptions(timing_cache=cache))
+    assert cache.exists()
+    _build(model, BuildOptions(timing_cache=cache))
+
+
+@needs_rtx
 def test_modules_in_the_user_s_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = conv(tmp_path / "conv.onnx")
     (tmp_path / "json.py").write_text("raise SystemExit('taken for the standard library')", encoding="utf-8")

@@ -129,7 +129,12 @@ class HostMemory:
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineRunner]:
-    trt = SimpleNamespace(ILogger=Log, Runtime=Runtime, TensorIOMode=SimpleNamespace(INPUT="input"))
+    trt = SimpleNamespace(
+        ILogger=Log,
+        Runtime=Runtime,
+        TensorIOMode=SimpleNamespace(INPUT="input"),
+        init_libnvinfer_plugins=lambda logger, namespace: True,
+    )
     monkeypatch.setattr(bindings, "tensorrt", lambda: bindings.Bindings("TensorRT", "10.3.0", trt))  # type: ignore[arg-type]
     monkeypatch.setattr(bindings, "missing_gpu", lambda: None)
     monkeypatch.setattr(engine, "memory", HostMemory)
