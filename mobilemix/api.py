@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mobilemix import __version__, assets, batches, files
+from mobilemix.calibration import CALIBRATED
 from mobilemix.capture import capture
 from mobilemix.errors import BatchError, CaptureError, InputError, UnknownNameError
 from mobilemix.labels import read_labels
@@ -24,7 +25,7 @@ from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, ve
 from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import SHARED, lower
-from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe
+from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of
 from mobilemix.shims import TRITON, shim
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import AUTOMATIC, Source, load_source
@@ -374,7 +375,7 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
         tolerance = dataclasses.replace(tolerance, relative_l2=recipe.tolerance)
     runner = target.load(artifact)
     sets = dict(prepared.samples)
-    if recipe.precision == "int8":  # noise is beyond what photographs calibrate
+    if recipe.precision in CALIBRATED:  # noise is beyond what photographs calibrate
         sets = {name: samples for name, samples in sets.items() if not name.startswith("noise")}
     agreement = {}
     for name, samples in sets.items():
@@ -414,9 +415,10 @@ def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
         )
         raise InputError(f"{reason}; use --input tensor")
     kind: InputKind = recipe.input or ("image" if possible else "tensor")
+    resolved = dataclasses.replace(recipe, precision=cast(Precision, precision))
     return dataclasses.replace(
-        recipe,
-        precision=cast(Precision, precision),
+        resolved,
+        opset=recipe.opset or opset_of(resolved),
         input=kind,
         input_shapes=prepared.source.input_shapes,
         input_dtypes=prepared.source.input_dtypes,

@@ -8,6 +8,9 @@ from mobilemix.preprocess import Preprocess
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 
+CALIBRATED = ("int8", "fp8")
+"""Precisions that need it."""
+
 DIMMED = 0.7
 """Contrast of the faint copy of each photograph, of values after normalisation."""
 
@@ -19,9 +22,11 @@ def calibration(lowered: Lowered) -> list[Inputs]:
         InputError: the model takes no image, or more than one at a time.
     """
     first, *others = inputs_of(lowered.program)
-    if lowered.mean is None or lowered.std is None or others or len(first.shape) != 4 or first.shape[0] != 1:
+    single = first.shape[0] == 1 or lowered.dynamic_batch is not None
+    if lowered.mean is None or lowered.std is None or others or len(first.shape) != 4 or not single:
         raise InputError(
-            "int8 is calibrated on photographs, one at a time, and the model's input is no image; use --precision fp16"
+            "8-bit values are calibrated on photographs, one at a time, and the model's input is no image; "
+            "use --precision fp16"
         )
     preprocess = Preprocess(*first.shape[2:], lowered.mean, lowered.std)
     photographs = [preprocess(path) for path in assets.photographs()]

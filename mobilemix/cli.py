@@ -99,7 +99,9 @@ def export(
             metavar="MIN,OPT,MAX", help="Leave the batch open, between two sizes, at its best at a third: 1,8,64."
         ),
     ] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset version; 18 if left out.")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX opset version; 18, or what the precision needs, if left out.")
+    ] = None,
     minimum_ios: Annotated[
         int | None, typer.Option(help="Oldest iOS that must run the Core ML package; 16 if left out.")
     ] = None,

@@ -14,7 +14,7 @@ from mobilemix.shims import SHIMS
 from mobilemix.targets import TARGETS
 
 DEFAULT_MODEL = "affnet_et_flowers"
-Precision = Literal["fp16", "fp32", "int8"]
+Precision = Literal["fp16", "fp32", "int8", "bf16", "fp8"]
 InputKind = Literal["image", "tensor"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
@@ -29,7 +29,9 @@ TARGETS_OF = {
     "version_compatible": ("tensorrt",),
 }
 """Fields that only some targets have."""
-OPSETS = range(18, 22)
+OPSETS = range(18, 23)
+LEAST_OPSETS = {"int8": 19, "fp8": 19, "bf16": 22}
+"""ONNX opsets that first have scales in float16, 8-bit floats, and convolutions in bfloat16; else any of `OPSETS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Recipe:
         model: a registry name, or `path/to/file.py:factory`, or `package.module:factory`.
         weights: a safetensors or torch checkpoint; None keeps the model's own weights.
         target: a name in `mobilemix.targets.TARGETS`.
-        precision: "fp16", "fp32" or "int8"; None is the target's default.
+        precision: "fp16", "fp32", "int8", "bf16" or "fp8"; None is the target's default.
         input: "image" (Core ML ImageType with the normalisation folded in) or "tensor"; None is an image where the
             target and the model have one.
         input_shapes: shape of each input, (batch, channels, height, width) for the shipped models; empty is the
@@ -49,7 +51,7 @@ class Recipe:
         mean, std: per-channel normalisation of [0, 1] pixels; empty is the model's own.
         dynamic_batch: smallest, most frequent and largest batch of an artifact that leaves it open; the batch is the
             first axis of every input where it has the first input's size. None is a fixed batch.
-        opset: ONNX opset version.
+        opset: ONNX opset version; None is the oldest of `OPSETS` that has the precision.
         minimum_ios: oldest iOS that must run the Core ML package.
         labels: file with one class name a line; None uses the model's own where it has them.
         shim: names of `mobilemix.shims.SHIMS`: packages to stand in for while the model is loaded and run.
@@ -71,7 +73,7 @@ class Recipe:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     dynamic_batch: tuple[int, int, int] | None = None
-    opset: int = 18
+    opset: int | None = None
     minimum_ios: int = 16
     labels: Path | None = None
     shim: tuple[str, ...] = ()
@@ -99,7 +101,7 @@ class Recipe:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
         if self.input is not None and self.input not in INPUT_KINDS:
             raise UnknownNameError("input kind", self.input, INPUT_KINDS)
-        if self.opset not in OPSETS:
+        if self.opset is not None and self.opset not in OPSETS:
             raise InputError(f"opset {self.opset} is not supported; valid: {OPSETS.start} to {OPSETS.stop - 1}")
         if self.minimum_ios not in MINIMUM_IOS:
             raise InputError(f"iOS {self.minimum_ios} is not supported; valid: {', '.join(map(str, MINIMUM_IOS))}")
@@ -128,6 +130,18 @@ class Recipe:
                 raise InputError(f"the target {self.target} has no {name}; only {' and '.join(targets)} can have it")
         if self.hardware_compatibility is not None and self.hardware_compatibility not in HARDWARE:
             raise UnknownNameError("hardware compatibility", self.hardware_compatibility, HARDWARE)
+
+
+def opset_of(recipe: Recipe) -> int:
+    """The ONNX opset version that a recipe asks for, or needs.
+
+    Raises:
+        InputError: it asks for an older one than it needs.
+    """
+    least = LEAST_OPSETS.get(str(recipe.precision), OPSETS.start)
+    if recipe.opset is not None and recipe.opset < least:
+        raise InputError(f"{recipe.precision} needs opset {least}, not {recipe.opset}; leave out --opset")
+    return recipe.opset or least
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -149,9 +149,9 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
     [
         (["export", "afnet_t"], "unknown model 'afnet_t'; did you mean 'affnet_t'? Valid: "),
         (["export", "-t", "corml"], "unknown target 'corml'; did you mean 'coreml'? Valid: coreml, litert, onnx"),
-        (["export", "--precision", "fp61"], "unknown precision 'fp61'; did you mean 'fp16'? Valid: fp16, fp32, int8"),
+        (["export", "--precision", "fp61"], "unknown precision 'fp61'; did you mean 'fp16'? Valid: fp16, fp32, int8, "),
         (["export", "-t", "litret"], "unknown target 'litret'; did you mean 'litert'?"),
-        (["export", "-t", "tensorrt", "--opset", "17"], "opset 17 is not supported; valid: 18 to 21"),
+        (["export", "-t", "tensorrt", "--opset", "17"], "opset 17 is not supported; valid: 18 to 22"),
         (["export", "--workspace", "64"], "the target coreml has no workspace_mb; only tensorrt and tensorrt-rtx"),
         (["export", "-t", "onnx", "--timing-cache", "cache"], "the target onnx has no timing_cache; only tensorrt can"),
         (["export", "-t", "onnx", "--version-compatible"], "the target onnx has no version_compatible"),

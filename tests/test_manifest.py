@@ -46,6 +46,6 @@ def test_a_malformed_manifest_is_one_clear_line(tmp_path, text):
 def test_a_manifest_whose_recipe_was_edited_into_nonsense_is_refused(tmp_path):
     artifact, _ = make(tmp_path)
     path = manifest_path(artifact)
-    path.write_text(path.read_text().replace('"opset": 18', '"opset": 3'))
-    with pytest.raises(InputError, match="opset 3"):
+    path.write_text(path.read_text().replace('"minimum_ios": 16', '"minimum_ios": 3'))
+    with pytest.raises(InputError, match="iOS 3"):
         read_manifest(artifact)

@@ -62,7 +62,7 @@ def test_several_inputs(tmp_path):
         ("modle = 'x'", "did you mean 'model'"),
         ("model = 3", "'model' cannot be 3"),
         ("opset = true", "'opset' cannot be True"),
-        ("opset = 7", "opset 7 is not supported; valid: 18 to 21"),
+        ("opset = 7", "opset 7 is not supported; valid: 18 to 22"),
         ("target = 'onx'", "did you mean 'onnx'"),
         ("precision = 'fp61'", "unknown precision"),
         ("input = 'picture'", "unknown input kind"),

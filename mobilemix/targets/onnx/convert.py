@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import onnx
 import onnx_ir as ir
@@ -14,13 +15,15 @@ import onnxsim
 from onnx_ir.passes import common
 
 import mobilemix
+from mobilemix.calibration import CALIBRATED, calibration
 from mobilemix.errors import InputError, TargetError, first_line
 from mobilemix.parity import noise, relative_l2
-from mobilemix.recipe import Recipe
+from mobilemix.recipe import Recipe, opset_of
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 from mobilemix.targets.onnx.batch import generalise
 from mobilemix.targets.onnx.half import halve
+from mobilemix.targets.onnx.quantize import Kind, quantize
 from mobilemix.targets.onnx.rewrites import PASSES, Step, rewrite
 from mobilemix.targets.onnx.runtime import trace
 from mobilemix.targets.onnx.translate import translate
@@ -32,7 +35,8 @@ TIDY_TOLERANCE = 1e-5
 """Largest relative L2 change of an output that onnxsim may cause, by rounding folded constants."""
 
 # The oldest file version that has the operators, because runtimes on phones refuse newer ones than they know.
-_IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10}
+_IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10}
+_HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[Step] = PASSES) -> None:
@@ -42,9 +46,13 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
 
     Raises:
         UnsupportedOpError: an operator that ONNX has none for.
+        InputError: an opset before the precision's, or nothing to calibrate or to quantise.
         TargetError: torch.onnx, onnxsim or the checker refused the graph, or onnxsim changed what it computes.
         BatchError: the batch is to be left open, and cannot be.
     """
+    if recipe.precision in CALIBRATED:
+        _write_quantised(lowered, recipe, destination, steps)
+        return
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         draft, tidied, final = (Path(folder, stage, destination.name) for stage in ("draft", "tidied", "final"))
         modules = _simplify(lowered, recipe, steps, draft, tidied)
@@ -57,18 +65,32 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
             _simplify(larger, recipe, steps, draft, tidied)
             generalise(model, ir.load(tidied), lowered.program.graph)
         _name_constants(model)
-        if recipe.precision == "fp16":
-            halve(model)
-        _finish(model, misnamed, modules, lowered, recipe.opset)
+        _rename(model, misnamed)
+        if recipe.precision in _HALVES:
+            halve(model, _HALVES[recipe.precision])
+        _finish(model, modules, lowered, opset_of(recipe))
         save(model, final)
         check(final)
         for file in sorted(final.parent.iterdir(), key=lambda file: file == final):  # the model after its weights
             file.replace(destination.with_name(file.name))
 
 
+def _write_quantised(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[Step]) -> None:
+    """The float32 file of the same opset, with products in 8 bits."""
+    samples = calibration(lowered)
+    with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
+        full, final = (Path(folder, stage, destination.name) for stage in ("full", "final"))
+        for path in (full, final):
+            path.parent.mkdir()
+        write(lowered, dataclasses.replace(recipe, precision="fp32", opset=opset_of(recipe)), full, steps)
+        quantize(full, final, samples, cast(Kind, recipe.precision))
+        check(final)
+        final.replace(destination)
+
+
 def _simplify(lowered: Lowered, recipe: Recipe, steps: Sequence[Step], draft: Path, tidied: Path) -> Mapping[str, str]:
     """Write the graph as the rewrites leave it, and tidied; returns the modules that its values are from."""
-    translation = translate(lowered, recipe.opset)
+    translation = translate(lowered, opset_of(recipe))
     rewrite(translation.model, steps)
     save(translation.model, draft)
     _tidy(draft, tidied)
@@ -135,9 +157,15 @@ def _name_constants(model: ir.Model) -> None:
             value.name = f"{value.name}.constant"
 
 
-def _finish(
-    model: ir.Model, misnamed: Collection[str], modules: Mapping[str, str], lowered: Lowered, opset: int
-) -> None:
+def _rename(model: ir.Model, misnamed: Collection[str]) -> None:
+    """Give values that mean something else than they did another name."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in misnamed:
+                value.name = f"{value.name}.folded"
+
+
+def _finish(model: ir.Model, modules: Mapping[str, str], lowered: Lowered, opset: int) -> None:
     """Say what the model is and where each node comes from, and nothing about the machine that made it."""
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()  # onnxsim's log
@@ -147,8 +175,6 @@ def _finish(
     for node in reversed(model.graph):
         # What a translation or a rewrite put in front of a value belongs to the same module.
         value = node.outputs[0]
-        if value.name in misnamed:
-            value.name = f"{value.name}.folded"
         readers = (str(user.outputs[0].name) for user, _ in value.uses())  # those in bodies have no path
         path = paths.setdefault(str(value.name), next((paths[name] for name in readers if name in paths), ""))
         node.name = f"{path}/{value.name}" if path else value.name

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from mobilemix import files
 from mobilemix.errors import InputError
-from mobilemix.recipe import Recipe
+from mobilemix.recipe import LEAST_OPSETS, Recipe, opset_of
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.onnx.convert import write as write_onnx
 from mobilemix.targets.onnx.rewrites import (
@@ -24,7 +24,7 @@ from mobilemix.targets.onnx.rewrites import (
     image_convs,
     settle,
 )
-from mobilemix.targets.tensorrt import builder
+from mobilemix.targets.tensorrt import bindings, builder
 from mobilemix.targets.tensorrt.bindings import Flavour
 from mobilemix.targets.tensorrt.preflight import OPSETS, preflight
 from mobilemix.targets.tensorrt.refusals import unsupported
@@ -67,11 +67,12 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
 
     Raises:
         UnsupportedOpError: an operator that ONNX or NVIDIA's parser has none for.
-        InputError: an opset that the parser does not read.
-        TargetError: see `mobilemix.targets.onnx.convert.write`.
+        InputError, TargetError: see `mobilemix.targets.onnx.convert.write`.
     """
-    if recipe.opset not in OPSETS:
-        raise InputError(f"{PARSER} reads opsets up to {OPSETS.stop - 1}, not {recipe.opset}; see --opset")
+    # Convolutions in bfloat16 need an opset that only newer parsers than that of the list read.
+    newest = max(OPSETS.stop - 1, LEAST_OPSETS.get(str(recipe.precision), 0))
+    if opset_of(recipe) > newest:
+        raise InputError(f"{PARSER} reads opsets up to {newest}, not {recipe.opset}; leave out --opset")
     write_onnx(lowered, recipe, destination, STEPS)
     if refusals := preflight(destination):
         raise unsupported(refusals, destination, lowered.program, PARSER)
@@ -128,4 +129,4 @@ def engine_path(model: Path) -> Path:
 
 def device(flavour: Flavour) -> str:
     """What an engine was built for."""
-    return "no GPU: built ahead of time" if flavour == "tensorrt-rtx" else "the GPU of this machine"
+    return "no GPU: built ahead of time" if flavour == "tensorrt-rtx" else bindings.gpu_name()
