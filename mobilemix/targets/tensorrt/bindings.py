@@ -27,6 +27,7 @@ OLDEST = 10
 RTX_MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
 RTX_LIBRARIES = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
 RTX_BINDINGS = "tensorrt-rtx-cu13-bindings"
+_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,8 @@ def rtx_libraries() -> tuple[Path, Path]:
 
 def missing_gpu() -> str | None:
     """Why nothing can run on an NVIDIA GPU here, or None if it can; asks the driver and keeps nothing of it."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(name)
+        driver = ctypes.CDLL(_DRIVER)
     except OSError:
         return "no NVIDIA driver"
     count = ctypes.c_int()
@@ -128,6 +128,13 @@ def quiet_logger(trt: Any) -> Any:
                 self.errors.append(message)
 
     return Log()
+
+
+def gpu_name() -> str:
+    """What the driver calls the first GPU, where `missing_gpu` says that there is one."""
+    text = ctypes.create_string_buffer(256)
+    status = ctypes.CDLL(_DRIVER).cuDeviceGetName(text, len(text), 0)
+    return "an NVIDIA GPU" if status else text.value.decode(errors="replace")
 
 
 def _library(folder: Path, stem: str) -> Path:

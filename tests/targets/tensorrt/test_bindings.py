@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorrt_graphs import needs_rtx
@@ -107,6 +108,16 @@ def test_the_driver_is_asked(status: int, count: int, expected: str | None, monk
     driver = SimpleNamespace(cuInit=lambda flags: status, cuDeviceGetCount=counts)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert bindings.missing_gpu() == expected
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, "NVIDIA H100"), (3, "an NVIDIA GPU")])
+def test_the_gpu_has_a_name(status: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(buffer: Any, size: int, device: int) -> int:
+        buffer.value = b"NVIDIA H100"
+        return status
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(cuDeviceGetName=name))
+    assert bindings.gpu_name() == expected
 
 
 @needs_rtx
