@@ -24,7 +24,7 @@ class TensorRTTarget:
     name: Flavour = "tensorrt"
     suffix = ".tensorrt.onnx"
     # float16 first: twice as fast as float32 on the GPUs that TensorRT runs on, and what float16 cannot hold stays.
-    precisions = ("fp16", "fp32")
+    precisions = ("fp16", "fp32", "bf16", "int8", "fp8")
     takes_images = False
     stored_dtypes: Mapping[str, str] = MappingProxyType({})
     # A Scan or Loop is built step by step, with a synchronisation after each.

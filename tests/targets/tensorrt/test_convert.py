@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mobilemix import api
 from mobilemix.errors import InputError, TargetError, UnsupportedOpError
 from mobilemix.recipe import Recipe
-from mobilemix.targets.tensorrt import builder, convert
+from mobilemix.targets.tensorrt import bindings, builder, convert
 from mobilemix.targets.tensorrt.builder import BuildOptions, Built, Refusal, Refused
 
 DETERMINANT = """
@@ -144,6 +144,7 @@ def with_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine that can build, and not run."""
     monkeypatch.setattr(builder, "can_build", lambda flavour: None)
     monkeypatch.setattr(builder, "build", build)
+    monkeypatch.setattr(bindings, "gpu_name", lambda: "NVIDIA H100")
 
 
 @pytest.mark.usefixtures("with_builder")
@@ -156,12 +157,12 @@ def test_an_engine_stands_beside_the_file_and_in_its_manifest(
     assert (tmp_path / "make.tensorrt.log").read_text() == "log"
     facts = dict(result.manifest.build)
     assert list(facts.pop("files")) == ["make.tensorrt.engine"]
-    assert facts.pop("device")
     assert facts == {
         "log": "make.tensorrt.log",
         "bytes": 6,
         "seconds": 1.25,
         "builder": "TensorRT 10.9",
+        "device": "NVIDIA H100",
         "options": {"workspace_mb": 64},
         "layers": {"fp16": 2, "fp32": 1},
     }
