@@ -127,7 +127,8 @@ class Prepared:
         rows = {"noise": [first, *({**other, **shared} for other in others)]}
         if is_image:
             rows["photographs"] = self._photographs(ROWS)
-        return batches.Trials(rows, batches.sizes_to_try(*self.lowered.dynamic_batch), frozenset(batched))
+        sizes = batches.sizes_to_try(*self.lowered.dynamic_batch)
+        return batches.Trials(rows, sizes, frozenset(batched), captured=inputs[0].shape[0])
 
     def _photographs(self, count: int) -> list[Inputs]:
         assert self.source.preprocess is not None
@@ -181,17 +182,40 @@ def export(
 
 @_uncollected()
 def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listener = _silent) -> Prepared:
-    """Load, capture and lower a recipe's model; the recipe's target does not matter yet. Raises as `export` does."""
+    """Load, capture and lower a recipe's model; the recipe's target hardly matters yet. Raises as `export` does."""
     labels = read_labels(recipe.labels) if recipe.labels else None  # first: a wrong path should not cost a minute
     stages = _Stages(listener)
     with stages("load"):
         source = load_source(recipe, module)
+    if recipe.dynamic_batch is None:
+        return _lowered(source, recipe, labels, stages)
+    for pair in batches.PAIRS:
+        prepared = _lowered(source, recipe, labels, stages, pair)
+        # Passes that choose a form by size may have chosen one for the smaller batch and another for the larger.
+        lowered, _ = _specialise(prepared, find_target(recipe.target))
+        if batches.is_one_graph(lowered):
+            break
+    with stages("reference"):
+        _ = prepared.references  # what depends on the batch should not cost a compilation
+    return prepared
+
+
+def _lowered(
+    source: Source,
+    recipe: Recipe,
+    labels: tuple[str, ...] | None,
+    stages: "_Stages",
+    pair: tuple[int, ...] = (),
+) -> Prepared:
+    """Capture and lower a model, at the shapes of its source or for two batches."""
     with stages("capture"):
-        captured, *more = _capture(source, recipe)
+        captured, *more = [_capture_batch(source, batch) for batch in pair] or [capture_source(source)]
     with stages("rewrite"):
         passes: list[str] = []
         program = lower(captured, SHARED, log=passes.append)
         larger = next((lower(each, SHARED) for each in more), None)
+    if larger is not None:
+        batches.check_outputs(program, larger)
     input_names = tuple(each.name for each in inputs_of(program))
     shapes = [shape for shape, _ in outputs_of(program)]
     output_names = _output_names(shapes)
@@ -211,26 +235,15 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
         dynamic_batch=recipe.dynamic_batch,
         larger=larger,
     )
-    prepared = Prepared(source, lowered, output_dtypes, _distinct(passes), stages.seconds)
-    if larger is not None:
-        batches.check_outputs((program, larger))
-        with stages("reference"):
-            _ = prepared.references  # what depends on the batch should not cost a compilation
-    return prepared
+    return Prepared(source, lowered, output_dtypes, _distinct(passes), stages.seconds)
 
 
-def _capture(source: Source, recipe: Recipe) -> list[ExportedProgram]:
-    """The model once, or for two batches."""
-    if recipe.dynamic_batch is None:
-        return [capture_source(source)]
-    captured = []
-    for batch in batches.CAPTURED:
-        shapes = batches.resized(source.input_shapes, batch)
-        try:
-            captured.append(capture_source(dataclasses.replace(source, input_shapes=shapes)))
-        except CaptureError as error:
-            raise BatchError(f"the model cannot take a batch of {batch}: {error}") from error
-    return captured
+def _capture_batch(source: Source, batch: int) -> ExportedProgram:
+    shapes = batches.resized(source.input_shapes, batch)
+    try:
+        return capture_source(dataclasses.replace(source, input_shapes=shapes))
+    except CaptureError as error:
+        raise BatchError(f"the model cannot take a batch of {batch}: {error}") from error
 
 
 def capture_source(source: Source) -> ExportedProgram:
@@ -501,4 +514,4 @@ class _Stages:
         self.listener(name)
         start = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)

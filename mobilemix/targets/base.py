@@ -30,8 +30,8 @@ class Lowered:
         labels: class names of the first output's last axis, or None.
         metadata: what to write into the artifact (author, license, description, paper …).
         dynamic_batch: smallest, most frequent and largest batch, if the artifact leaves it open; the program is for
-            the first of `mobilemix.batches.CAPTURED` then.
-        larger: the same program for the second of them.
+            the first of a pair of `mobilemix.batches.PAIRS` then.
+        larger: the same program for the second of the pair.
     """
 
     name: str

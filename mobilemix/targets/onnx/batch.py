@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
-from mobilemix.batches import BATCH
+from mobilemix.batches import BATCH, FIXED
 from mobilemix.errors import BatchError
 from mobilemix.passes.base import source
 
@@ -148,8 +148,8 @@ class _Generaliser:
     def _error(self, node: ir.Node) -> BatchError:
         first, second = self._batches
         return BatchError(
-            f"the model does something else for a batch of {second} than for one of {first}: {node.op_type} at"
-            f" {self._place(node)} does not follow from the size of the batch; leave out --dynamic-batch"
+            f"the graph for a batch of {second} differs from that for {first} by more than the size: {node.op_type} at"
+            f" {self._place(node)}; {FIXED}"
         )
 
     def _place(self, node: ir.Node) -> str:
