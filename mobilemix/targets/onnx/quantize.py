@@ -196,6 +196,13 @@ def quantised(content: Array, scale: Array, kind: Kind) -> Array:
     return (np.rint(multiples) if kind == "int8" else multiples).astype(_TYPES[kind].numpy())
 
 
+def by_channel(content: Array, axis: int, kind: Kind) -> tuple[Array, Array]:
+    """A weight in 8 bits, and the scale of each channel along an axis."""
+    others = tuple(other for other in range(content.ndim) if other != axis)
+    scale = step(np.abs(content).max(axis=others, keepdims=True), kind)
+    return quantised(content, scale, kind), scale.reshape(-1)
+
+
 class _Pairs:
     """The dequantised forms of a graph's values, made in front of the first node that reads them."""
 
@@ -208,24 +215,26 @@ class _Pairs:
             scale = self._constant(f"{value.name}{SCALE}", step(np.array(peak), self._kind))
             zero = self._constant(f"zero.{self._kind}", np.zeros((), _TYPES[self._kind].numpy()))
             node = ir.node("QuantizeLinear", [value, scale, zero])
-            integers = self._add(node, f"{value.name}{QUANTISED}", _TYPES[self._kind], value, reader)
-            self._made[value] = self._dequantise(integers, scale, value, reader)
+            numbers = self._add(node, f"{value.name}{QUANTISED}", _TYPES[self._kind], value, reader)
+            self._made[value] = self._dequantise(numbers, scale, value, reader)
         return self._made[value]
 
     def of_weight(self, value: ir.Value, axis: int, reader: ir.Node) -> ir.Value:
         if value not in self._made:
-            content = constant(value)
-            others = tuple(other for other in range(content.ndim) if other != axis)
-            scale = step(np.abs(content).max(axis=others, keepdims=True), self._kind)
-            integers = self._constant(f"{value.name}{QUANTISED}", quantised(content, scale, self._kind))
-            scales = self._constant(f"{value.name}{SCALE}", scale.reshape(-1))
-            self._made[value] = self._dequantise(integers, scales, value, reader, axis=axis)
+            numbers, scales = by_channel(constant(value), axis, self._kind)
+            self._made[value] = self._dequantise(
+                self._constant(f"{value.name}{QUANTISED}", numbers),
+                self._constant(f"{value.name}{SCALE}", scales),
+                value,
+                reader,
+                axis=axis,
+            )
         return self._made[value]
 
     def _dequantise(
-        self, integers: ir.Value, scale: ir.Value, value: ir.Value, reader: ir.Node, **attributes: int
+        self, numbers: ir.Value, scale: ir.Value, value: ir.Value, reader: ir.Node, **attributes: int
     ) -> ir.Value:
-        node = ir.node("DequantizeLinear", [integers, scale], attributes)
+        node = ir.node("DequantizeLinear", [numbers, scale], attributes)
         return self._add(node, f"{value.name}{DEQUANTISED}", ir.DataType.FLOAT, value, reader)
 
     def _add(self, node: ir.Node, name: str, dtype: ir.DataType, like: ir.Value, reader: ir.Node) -> ir.Value:

@@ -1,7 +1,8 @@
 """Verification of a TensorRT artifact beyond its outputs: what was parsed, built and run, and what was not."""
 
+import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,21 @@ from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
 from mobilemix.targets.onnx import checks as onnx_checks
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
-from mobilemix.targets.tensorrt import bindings, builder, convert
+from mobilemix.targets.tensorrt import bindings, builder, convert, trtexec
 from mobilemix.targets.tensorrt.bindings import Flavour
+from mobilemix.targets.tensorrt.engine import EngineRunner
 from mobilemix.targets.tensorrt.preflight import preflight
+from mobilemix.targets.tensorrt.rtx import RtxRunner
+
+RUNS = 20
+"""Executions of which the latency is the median."""
 
 
 def run(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs], flavour: Flavour) -> list[Check]:
     """All of them for one ONNX file and, where there is one, the engine beside it."""
     precision = str(recipe.precision)
-    found = [onnx_checks.valid(path), supported(path)]
-    if precision in onnx_checks.OPTIMISATION_TOLERANCE:
-        found.append(onnx_checks.optimisable(path, precision, samples))
-    if precision == "fp16":
+    found = [onnx_checks.valid(path), supported(path), onnx_checks.optimisable(path, precision, samples)]
+    if precision != "fp32":
         found += onnx_checks.rounding(lowered, recipe, path, samples, convert.STEPS)
     engine = convert.engine_path(path)
     if not engine.exists():
@@ -43,11 +47,14 @@ def supported(path: Path) -> Check:
 
 def unbuilt(path: Path, recipe: Recipe, flavour: Flavour) -> list[Check]:
     """Without an engine: what TensorRT for RTX makes of the file, if it is installed, and what was not checked."""
-    reason = builder.can_build(flavour) or f"{convert.engine_path(path).name} is not there"
-    advice = f"on the device, run trtexec --onnx={path.name} --stronglyTyped, or export again"
-    other = builder.can_build("tensorrt-rtx")
-    parser = "neither parsed by TensorRT nor built" if other else "not built by TensorRT"
-    missing = Check("TensorRT engine", None, f"{parser}: {reason}; {advice}")
+    engine, options = convert.engine_path(path), convert.options_of(recipe)
+    reason = builder.can_build(flavour) or f"{engine.name} is not there"
+    profile = builder.profile_of(path, options.batch)
+    command = trtexec.arguments("trtexec", Path(path.name), Path(engine.name), options, profile)
+    advice = f"to check it, export again on a machine that can build, or run {' '.join(command)}"
+    name, other = builder.NAMES[flavour], builder.can_build("tensorrt-rtx")
+    parser = f"neither parsed by {name} nor built" if other else f"not built by {name}"
+    missing = Check(f"{name} engine", None, f"{parser}: {reason}; {advice}")
     return [missing] if other else [ahead_of_time(path, recipe), missing]
 
 
@@ -67,36 +74,46 @@ def ahead_of_time(path: Path, recipe: Recipe) -> Check:
 
 def ran(path: Path, engine: Path, recipe: Recipe, samples: Sequence[Inputs], flavour: Flavour) -> list[Check]:
     """With an engine: that it was built, and how it agrees with the ONNX file where a GPU can run it."""
-    name = builder.NAMES[flavour]
-    built = Check(f"{name} engine", True, f"parsed and built, {engine.stat().st_size / 1e6:.2f} MB")
+    built = Check(f"{builder.NAMES[flavour]} engine", True, f"parsed and built, {engine.stat().st_size / 1e6:.2f} MB")
     if reason := bindings.missing_gpu():
         advice = f"on the device, run mobilemix verify {path.name}"
         return [built, Check("engine parity", None, f"the engine was not run: {reason}; {advice}")]
     tolerance = TIERS[str(recipe.precision)].relative_l2
     try:
-        ours, reference = runner(engine, flavour), OnnxRunner(path)
-        errors = [
-            relative_l2(value, reference_value)
-            for sample in samples
-            for value, reference_value in _pairs(ours.run(sample), reference.run(sample))
-        ]
+        ours, reference = runner(engine, recipe, flavour), OnnxRunner(path)
+        sized = [each for sample in samples for each in _sized(path, recipe, sample)]
+        errors = [error for sample in sized for error in _errors(ours.run(sample), reference.run(sample))]
+        latency = f" · {_latency(ours, sized[-1])}" if isinstance(ours, EngineRunner) else ""
     except MobilemixError as error:
         return [built, Check("engine parity", False, str(error))]
     worst = float(np.max(errors, initial=0))
-    detail = f"relative L2 {worst:.1e} of {tolerance:.0e} against the ONNX file in ONNX Runtime"
-    return [built, Check("engine parity", worst <= tolerance, detail)]
+    detail = (
+        f"relative L2 {worst:.1e} of {tolerance:.0e} against the ONNX file in ONNX Runtime, on {bindings.gpu_name()}"
+    )
+    return [built, Check("engine parity", worst <= tolerance, detail + latency)]
 
 
-def runner(engine: Path, flavour: Flavour) -> Runner:
+def runner(engine: Path, recipe: Recipe, flavour: Flavour) -> Runner:
     """What executes an engine on this machine's GPU."""
     if flavour == "tensorrt-rtx":
-        from mobilemix.targets.tensorrt.rtx import RtxRunner
-
         return RtxRunner(engine)
-    from mobilemix.targets.tensorrt.engine import EngineRunner
-
-    return EngineRunner(engine)
+    return EngineRunner(engine, host_code=recipe.version_compatible)
 
 
-def _pairs(values: Mapping[str, Array], expected: Mapping[str, Array]) -> list[tuple[Array, Array]]:
-    return [(values[name], reference) for name, reference in expected.items()]
+def _sized(path: Path, recipe: Recipe, sample: Inputs) -> Iterator[Inputs]:
+    """A sample at every batch that an engine of a dynamic one was built for; the sample itself of a fixed one."""
+    free = builder.profile_of(path, recipe.dynamic_batch)
+    for batch in sorted(set(recipe.dynamic_batch or (0,))):
+        yield {
+            name: np.resize(value, (batch, *value.shape[1:])) if name in free else value
+            for name, value in sample.items()
+        }
+
+
+def _latency(engine: EngineRunner, sample: Inputs) -> str:
+    batch = next(iter(sample.values())).shape[0]
+    return f"{statistics.median(engine.latencies(sample, RUNS)):.2f} ms at batch {batch}"
+
+
+def _errors(values: Mapping[str, Array], expected: Mapping[str, Array]) -> list[float]:
+    return [relative_l2(values[name], reference) for name, reference in expected.items()]
