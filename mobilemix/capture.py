@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 import mobilemix.ops  # noqa: F401, registers the scans
 from mobilemix.errors import CaptureError, MobilemixError
@@ -32,7 +33,8 @@ def capture(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
     model = copy.deepcopy(module).eval()._apply(_narrow).requires_grad_(False)  # type: ignore[no-untyped-call]
     inputs = tuple(_narrow(value.detach()) for value in example)
     try:
-        with torch.no_grad():
+        # torch.export writes the graph as Python code after each of its steps, but runs none of them.
+        with torch.no_grad(), _use_lazy_graph_module(True):
             program = MakeFunctional()(torch.export.export(model, inputs, strict=False)).program
     except MobilemixError:
         raise  # our backbones say themselves what they cannot take

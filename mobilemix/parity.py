@@ -267,8 +267,13 @@ def _evaluate(module: nn.Module, samples: Sequence[Sequence[Tensor]], dtype: tor
 
 def _in_float64(module: nn.Module) -> nn.Module:
     """A copy with float64 and complex128 parameters and buffers (`.double()` leaves complex ones as they are)."""
-    wide: nn.Module = copy.deepcopy(module)._apply(_widen)  # type: ignore[no-untyped-call]
-    return wide
+    wide = {
+        id(tensor): nn.Parameter(_widen(tensor.detach()), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else _widen(tensor)
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return copy.deepcopy(module, wide)
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

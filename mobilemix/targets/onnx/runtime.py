@@ -79,22 +79,34 @@ def trace(path: Path, inputs: Inputs) -> tuple[dict[str, Array], dict[str, Array
     outputs = [value.name for value in model.graph.output]
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
     names = [name for node in model.graph.node for name in node.output if types.get(name) in _FLOATS]
-    (found,) = observe(path, [*names, *outputs], [inputs])
+    (found,) = _observe(path, model, [*names, *outputs], [inputs])
     return {name: found[name] for name in outputs}, {name: found[name] for name in names}
 
 
 def observe(path: Path, names: Iterable[str], samples: Iterable[Inputs]) -> Iterator[dict[str, Array]]:
     """These values of a file, inputs among them or not, for each sample; float32. Raises as `trace` does."""
-    model = read_model(path)
+    return _observe(path, read_model(path), names, samples)
+
+
+def _observe(
+    path: Path, model: onnx.ModelProto, names: Iterable[str], samples: Iterable[Inputs]
+) -> Iterator[dict[str, Array]]:
+    """As `observe`, with the content of the file."""
+    wanted = dict.fromkeys(names)
+    given = wanted.keys() & {value.name for value in model.graph.input}
+    outputs = {value.name for value in model.graph.output}
+    more = [onnx.helper.make_empty_tensor_value_info(name) for name in wanted if name not in given | outputs]
     if emulation.is_needed(model):
         emulation.emulate(model, path.parent)
-    given = {value.name for value in model.graph.input}
-    wanted = dict.fromkeys(names)
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted if name not in given)
-    session = _open(model.SerializeToString(), optimised=False, folder=path.parent)
+        content = model.SerializeToString()
+    else:
+        content = path.read_bytes()
+    # One message after another is one message, with the outputs of both: no weight has to be written anew for them.
+    content += onnx.ModelProto(graph=onnx.GraphProto(output=more)).SerializeToString()
+    session = _open(content, optimised=False, folder=path.parent)
     for sample in samples:
-        yield {**dict(_execute(session, sample)), **{name: sample[name] for name in given.intersection(wanted)}}
+        found = {**dict(_execute(session, sample)), **{name: sample[name] for name in given}}
+        yield {name: found[name] for name in wanted}
 
 
 def _open(model: str | bytes, optimised: bool, folder: Path | None = None) -> ort.InferenceSession:

@@ -4,7 +4,8 @@ Another runtime takes `START`, what it wants of the rules, and `END`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -27,13 +28,13 @@ Step = Callable[[ir.Model], object]
 
 def apply(*rules: Sequence[RewriteRule]) -> Step:
     """A pass that applies rules once, all together."""
-    together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
+    together = _together(rules)
     return lambda model: together.apply_to_model(model)
 
 
 def settle(*rules: Sequence[RewriteRule]) -> Step:
     """Apply rules until none of them matches any more, each time knowing the shapes that the last time left."""
-    together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
+    together = _together(rules)
     clean = ir.passes.Sequential(
         common.IdentityEliminationPass(), common.RemoveUnusedNodesPass(), common.ShapeInferencePass()
     )
@@ -43,6 +44,21 @@ def settle(*rules: Sequence[RewriteRule]) -> Step:
             clean(model)
 
     return until_none_matches
+
+
+def _together(rules: Iterable[Sequence[RewriteRule]]) -> RewriteRuleSet:
+    together = RewriteRuleSet([rule for part in rules for rule in part], commute=True)
+    for rule in together.rules:
+        rule.try_rewrite = _at_its_root(rule)
+    return together
+
+
+def _at_its_root(rule: RewriteRule) -> Callable[..., Any]:
+    """The rule's `try_rewrite`, which says no to other operators than its last at once; it takes long to find that."""
+    try_rewrite, root = rule.try_rewrite, rule._target_pattern.output_node.op
+    return lambda model, graph, node, **options: (
+        try_rewrite(model, graph, node, **options) if root.matches(node.op_type) else None
+    )
 
 
 START: tuple[Step, ...] = (
