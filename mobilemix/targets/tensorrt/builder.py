@@ -157,7 +157,7 @@ def build(model: Path, engine: Path, log: Path, flavour: Flavour, options: Build
         TargetError: the builder failed, crashed, or ran out of time or memory.
     """
     options.check(flavour)
-    profile = _profile(model, options.batch)
+    profile = profile_of(model, options.batch)
     if flavour == "tensorrt" and not _has_package() and (program := trtexec.find()):
         return _with_trtexec(trtexec.arguments(program, model, engine, options, profile), engine, log, options.timeout)
     cache = str(options.timing_cache.resolve()) if options.timing_cache else None
@@ -188,7 +188,7 @@ def _has_package() -> bool:
     return importlib.util.find_spec("tensorrt") is not None
 
 
-def _profile(model: Path, batch: tuple[int, int, int] | None) -> Profile:
+def profile_of(model: Path, batch: tuple[int, int, int] | None) -> Profile:
     """The shapes that a model whose first axis is dynamic has to be built for; empty for any other."""
     shapes = {
         value.name: [dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim]
@@ -222,7 +222,7 @@ def _work(request: dict[str, Any], flavour: Flavour, log: Path, timeout: float) 
         _run(command, json.dumps(request | {"flavour": flavour}), log, timeout, NAMES[flavour])
         result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     if (error := result.get("error")) is not None:
-        raise TargetError(f"{NAMES[flavour]} failed: {error or _complaint(log)}")
+        raise TargetError(f"{NAMES[flavour]} failed: {'; '.join(filter(None, (error, _complaint(log))))}")
     return result
 
 
