@@ -15,7 +15,7 @@ Anything else that differs, be it an operator, an attribute or a number, is an e
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -25,6 +25,7 @@ from torch import fx
 from mobilemix.batches import BATCH, FIXED
 from mobilemix.errors import BatchError
 from mobilemix.passes.base import source
+from mobilemix.targets.base import Lowered
 
 _BROADCASTING = frozenset({"Add", "And", "Div", "Equal", "Max", "Min", "Mul", "Or", "Pow", "Sub", "Where"})
 """Operators that take one row for all samples where another of their inputs has one for each."""
@@ -33,25 +34,31 @@ _REST = -1
 """The size in a Reshape that follows from the others."""
 
 
-def generalise(model: ir.Model, other: ir.Model, program: fx.Graph) -> None:
+def generalise(model: ir.Model, other: ir.Model, places: Mapping[str, fx.Node]) -> None:
     """Make the graph of one batch that of every batch, in place.
 
     Args:
         model: every shape in it is known; inputs that have a batch have it as their first axis.
         other: the same for another batch, which has no divisor in common with the first.
-        program: what `model` was made from; its nodes know where in the user's source they come from.
+        places: nodes by the names of values, which know where in the user's source they come from.
 
     Raises:
         BatchError: the graphs differ in something that does not follow from the size of the batch.
     """
-    _Generaliser(model.graph, other.graph, program).run()
+    _Generaliser(model.graph, other.graph, places).run()
     RemoveUnusedNodesPass()(model)
 
 
+def places_of(lowered: Lowered) -> dict[str, fx.Node]:
+    """Nodes of a program by the names of their values in the graph that was made of it."""
+    nodes = {node.name: node for node in lowered.program.graph.nodes}
+    values = [value for value in lowered.program.graph_signature.user_outputs if isinstance(value, str)]
+    return {**nodes, **{name: nodes[value] for name, value in zip(lowered.output_names, values, strict=True)}}
+
+
 class _Generaliser:
-    def __init__(self, graph: ir.Graph, other: ir.Graph, program: fx.Graph) -> None:
-        self._graph, self._other = graph, other
-        self._places = {node.name: node for node in program.nodes}
+    def __init__(self, graph: ir.Graph, other: ir.Graph, places: Mapping[str, fx.Node]) -> None:
+        self._graph, self._other, self._places = graph, other, places
         shapes = ((one, _shape(one), _shape(two)) for one, two in zip(graph.inputs, other.inputs, strict=True))
         batched, first, second = next(each for each in shapes if each[1] != each[2])
         self._batches = first[0], second[0]

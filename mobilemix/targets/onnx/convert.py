@@ -21,7 +21,7 @@ from mobilemix.parity import noise, relative_l2
 from mobilemix.recipe import Recipe, opset_of
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
-from mobilemix.targets.onnx.batch import generalise
+from mobilemix.targets.onnx.batch import generalise, places_of
 from mobilemix.targets.onnx.half import halve
 from mobilemix.targets.onnx.quantize import Kind, quantize
 from mobilemix.targets.onnx.rewrites import PASSES, Step, rewrite
@@ -63,7 +63,7 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
             larger = dataclasses.replace(lowered, program=lowered.larger)
             draft, tidied = (Path(folder, f"larger {stage}", destination.name) for stage in ("draft", "tidied"))
             _simplify(larger, recipe, steps, draft, tidied)
-            generalise(model, ir.load(tidied), lowered.program.graph)
+            generalise(model, ir.load(tidied), places_of(lowered))
         _name_constants(model)
         _rename(model, misnamed)
         if recipe.precision in _HALVES:
