@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -12,10 +12,10 @@ from onnx_ir.passes.common import ShapeInferencePass
 from mobilemix import files
 from mobilemix.errors import InputError
 from mobilemix.inspection.obstacles import onnx_runtime_lacks
-from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Value, provenance
+from mobilemix.inspection.report import ArtifactReport, Cost, Obstacle, Precision, Value, provenance
 from mobilemix.models import flops
 from mobilemix.targets.onnx.runtime import read_model
-from mobilemix.targets.tensorrt import preflight
+from mobilemix.targets.tensorrt import precision, preflight
 
 _VIEWS = frozenset({"Constant", "Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
 _STANDARD = ("", "ai.onnx")
@@ -63,7 +63,19 @@ def inspect_onnx(path: Path) -> ArtifactReport:
         weight_dtypes=dict(by_dtype.most_common()),
         provenance=provenance(model.metadata_props.get("mobilemix.provenance")),
         obstacles=(*_obstacles(model, nodes), *_of_tensorrt(proto)),
+        precisions=dict(_precisions(nodes, costs)),
+        layers=precision.layers(nodes),
     )
+
+
+def _precisions(nodes: Sequence[ir.Node], costs: Sequence[int | None]) -> Iterator[tuple[str, Precision]]:
+    """What computes in each precision, given the multiply-adds of every node; the most layers first."""
+    found: dict[str, list[int | None]] = {}
+    for node, cost in zip(nodes, costs, strict=True):
+        if (name := precision.of(node)) is not None:
+            found.setdefault(name, []).append(cost)
+    for name in sorted(found, key=lambda name: -len(found[name])):
+        yield name, Precision(len(found[name]), _total(found[name]))
 
 
 def _steps(graph: ir.Graph, count: int | None) -> Iterator[tuple[ir.Node, int | None]]:

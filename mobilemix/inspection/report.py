@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mobilemix.targets.tensorrt.precision import Layer
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -125,6 +127,14 @@ class ModelReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class Precision:
+    """What computes in one precision: layers, and multiply-adds of one run, None where a size is open."""
+
+    layers: int
+    multiply_adds: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class ArtifactReport:
     """An ONNX file, a Core ML package or a LiteRT file.
 
@@ -137,6 +147,8 @@ class ArtifactReport:
         weight_dtypes: bytes of weights by element type.
         provenance: what mobilemix wrote into it about its making; None in files of other origin.
         obstacles: what keeps it from running elsewhere.
+        precisions: of an ONNX file, by name.
+        layers: of an ONNX file, in order.
     """
 
     path: str
@@ -148,6 +160,8 @@ class ArtifactReport:
     weight_dtypes: Mapping[str, int]
     provenance: Mapping[str, Any] | None
     obstacles: tuple[Obstacle, ...]
+    precisions: Mapping[str, Precision] = dataclasses.field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
 
 
 def provenance(text: str | None) -> Mapping[str, Any] | None:

@@ -52,6 +52,9 @@ def _artifact(report: ArtifactReport) -> Iterator[Line]:
     yield _signature(report.inputs, report.outputs)
     stored = ", ".join(f"{dtype} {_size(size)}" for dtype, size in report.weight_dtypes.items())
     yield f"weights: {stored or 'none'}"
+    for name, part in report.precisions.items():
+        computed = _scaled(part.multiply_adds, 1e6, "M")
+        yield f"in {name}: {part.layers} layers, {computed} multiply-adds"
     yield ""
     if report.obstacles:
         yield "what other runtimes do not take"
