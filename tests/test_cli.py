@@ -219,8 +219,9 @@ def test_tensorrt_without_a_gpu_says_what_was_not_checked(mobilemix, network, tm
         line.split(" · ")[0] for line in out.splitlines() if line.startswith(("verified", "engine", "not run"))
     ] == [
         f"verified {tmp_path / 'make.onnx'}",
-        "not run TensorRT engine: neither parsed by TensorRT nor built: no NVIDIA driver; on the device, run "
-        "trtexec --onnx=make.tensorrt.onnx --stronglyTyped, or export again",
+        "not run TensorRT engine: neither parsed by TensorRT nor built: no NVIDIA driver; to check it, export again on "
+        "a machine that can build, or run trtexec --onnx=make.tensorrt.onnx --saveEngine=make.tensorrt.engine "
+        "--stronglyTyped --noTF32 --skipInference --memPoolSize=workspace:64",
         f"verified {tmp_path / 'make.tensorrt.onnx'}",
     ]
     code, out, _ = mobilemix("verify", tmp_path / "make.tensorrt.onnx")

@@ -50,6 +50,33 @@ def test_every_key_is_read_and_paths_are_relative_to_the_file(tmp_path):
     )
 
 
+def test_options_of_the_builder_of_an_engine(tmp_path):
+    text = """
+        target = "tensorrt"
+        dynamic_batch = [1, 8, 64]
+        workspace_mb = 512
+        timing_cache = "times"
+        hardware_compatibility = "ampere_plus"
+        version_compatible = true
+        """
+    assert load_recipe(write(tmp_path, text)) == Recipe(
+        target="tensorrt",
+        dynamic_batch=(1, 8, 64),
+        workspace_mb=512,
+        timing_cache=tmp_path / "times",
+        hardware_compatibility="ampere_plus",
+        version_compatible=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "option", ["workspace_mb = 1", "timing_cache = 'x'", "version_compatible = true", "hardware_compatibility = 'none'"]
+)
+def test_a_target_without_an_engine_has_no_options_for_it(tmp_path, option):
+    with pytest.raises(InputError, match=rf"the target onnx has no {option.split()[0]}; only tensorrt"):
+        load_recipe(write(tmp_path, f"target = 'onnx'\n{option}"))
+
+
 def test_several_inputs(tmp_path):
     assert load_recipe(write(tmp_path, "input_shapes = [1, 8]\ninput_dtypes = 'int64'")).input_dtypes == ("int64",)
     assert load_recipe(write(tmp_path, "input_shapes = [[1, 3, 8, 8], [1, 4]]")).input_shapes == ((1, 3, 8, 8), (1, 4))

@@ -87,10 +87,8 @@ def ran(path: Path, engine: Path, recipe: Recipe, samples: Sequence[Inputs], fla
     except MobilemixError as error:
         return [built, Check("engine parity", False, str(error))]
     worst = float(np.max(errors, initial=0))
-    detail = (
-        f"relative L2 {worst:.1e} of {tolerance:.0e} against the ONNX file in ONNX Runtime, on {bindings.gpu_name()}"
-    )
-    return [built, Check("engine parity", worst <= tolerance, detail + latency)]
+    detail = f"relative L2 {worst:.1e} of {tolerance:.0e} against the ONNX file · {bindings.gpu_name()}{latency}"
+    return [built, Check("engine parity", worst <= tolerance, detail)]
 
 
 def runner(engine: Path, recipe: Recipe, flavour: Flavour) -> Runner:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -18,6 +18,7 @@ from mobilemix.targets.base import Check, Inputs
 from mobilemix.targets.onnx.runtime import OnnxRunner
 from mobilemix.targets.tensorrt import bindings, builder, checks, convert
 from mobilemix.targets.tensorrt.builder import BuildOptions, Built
+from mobilemix.targets.tensorrt.engine import EngineRunner
 
 NOTHING = "neither the Python package tensorrt nor trtexec is installed"
 
@@ -55,7 +56,8 @@ def test_with_nothing_installed_one_line_says_what_was_not_checked_and_how_to(
     (check,) = checks.unbuilt(written, asked, "tensorrt")
     assert check.passed is None
     assert check.detail.startswith(f"neither parsed by TensorRT nor built: {NOTHING}; ")
-    assert "trtexec --onnx=make.tensorrt.onnx --stronglyTyped" in check.detail
+    command = "trtexec --onnx=make.tensorrt.onnx --saveEngine=make.tensorrt.engine --stronglyTyped --noTF32"
+    assert command in check.detail
 
 
 @needs_rtx
@@ -79,15 +81,21 @@ def test_a_file_that_tensorrt_for_rtx_refuses_fails(written: Path, asked: Recipe
     assert (check.passed, check.detail) == (False, "TensorRT for RTX refuses node a")
 
 
-class Engine:
+class Engine(EngineRunner):
     """Answers as ONNX Runtime does, but for an error."""
 
     error = 0.0
+    shapes: ClassVar[list[tuple[int, ...]]] = []
 
-    def __init__(self, engine: Path) -> None:
-        self.reference = OnnxRunner(engine.with_suffix(".onnx"))
+    def __init__(self, path: Path, *, host_code: bool = False) -> None:
+        assert not host_code
+        self.reference = OnnxRunner(path.with_suffix(".onnx"))
+
+    def latencies(self, inputs: Inputs, count: int) -> list[float]:
+        return [0.25] * count
 
     def run(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        self.shapes.extend(value.shape for value in inputs.values())
         return {name: value * (1 + self.error) for name, value in self.reference.run(inputs).items()}
 
     def values(self, inputs: Inputs) -> Iterator[tuple[str, np.ndarray]]:
@@ -124,21 +132,42 @@ def test_an_engine_is_held_against_the_file(
     error: float, passed: bool, written: Path, engine: Path, prepared: api.Prepared, asked: Recipe, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(bindings, "missing_gpu", lambda: None)
+    monkeypatch.setattr(bindings, "gpu_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(Engine, "error", error)
-    monkeypatch.setattr(checks, "runner", lambda path, flavour: Engine(path))
+    monkeypatch.setattr(checks, "EngineRunner", Engine)
     built, parity = ran(written, engine, prepared, asked)
     assert built.passed
     assert parity.passed is passed, parity.detail
+    assert parity.detail.endswith("against the ONNX file · NVIDIA H100 · 0.25 ms at batch 1")
+
+
+def test_a_dynamic_engine_is_held_against_the_file_at_every_batch_of_its_profile(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dynamic = dataclasses.replace(recipe, precision="fp16", dynamic_batch=(3, 4, 8))
+    prepared = api.prepare(dynamic)
+    path = tmp_path / "make.tensorrt.onnx"
+    convert.write(prepared.lowered, dynamic, path)
+    convert.engine_path(path).write_bytes(b"engine")
+    monkeypatch.setattr(bindings, "missing_gpu", lambda: None)
+    monkeypatch.setattr(bindings, "gpu_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(checks, "EngineRunner", Engine)
+    monkeypatch.setattr(Engine, "shapes", [])
+    samples = list(prepared.probes.values())[:1]
+    _, parity = checks.ran(path, convert.engine_path(path), dynamic, samples, "tensorrt")
+    assert parity.passed, parity.detail
+    assert [shape[0] for shape in Engine.shapes] == [3, 4, 8]
+    assert parity.detail.endswith("0.25 ms at batch 8")
 
 
 def test_an_engine_that_does_not_load_fails(
     written: Path, engine: Path, prepared: api.Prepared, asked: Recipe, monkeypatch: Any
 ) -> None:
-    def load(path: Path, flavour: str) -> Engine:
+    def load(path: Path, *, host_code: bool) -> Engine:
         raise InputError("not an engine")
 
     monkeypatch.setattr(bindings, "missing_gpu", lambda: None)
-    monkeypatch.setattr(checks, "runner", load)
+    monkeypatch.setattr(checks, "EngineRunner", load)
     _, parity = ran(written, engine, prepared, asked)
     assert (parity.passed, parity.detail) == (False, "not an engine")
 
@@ -149,7 +178,7 @@ def test_all_of_them_for_a_file_alone(
     monkeypatch.setattr(builder, "can_build", lambda flavour: NOTHING)
     checked = found(checks.run(prepared.lowered, asked, written, prepared.samples["noise"], "tensorrt"))
     assert checked.pop("TensorRT engine") is None
-    assert {"onnx.checker", "NVIDIA's parser, by its list", "float16 file is the twin, rounded"} <= checked.keys()
+    assert {"onnx.checker", "NVIDIA's parser, by its list", "float16 range"} <= checked.keys()
     assert all(checked.values()), checked
 
 
