@@ -12,6 +12,11 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mobilemix.api import Export
+    from mobilemix.targets.tensorrt.builder import Built
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -32,29 +37,26 @@ HEADINGS = (
 
 
 def main() -> None:
-    """Build, measure, and print or write the tables."""
+    """Export, build, measure, and print or write the tables."""
     import tensorrt_latencies
     from test_backbones import ARCHITECTURES, checkpoint
 
     names = sys.argv[1:] or ARCHITECTURES
-    rows = head(HEADINGS)
-    print(*map(line, rows), sep="\n", flush=True)
-    builders: set[str] = set()
-    latencies = head(tensorrt_latencies.HEADINGS)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            weights = checkpoint(name, Path(folder))
-            for row in builds(name, weights, Path(folder) / name, builders):
-                rows.append(row)
-                print(line(row), flush=True)
+    rows, latencies = head(HEADINGS), head(tensorrt_latencies.HEADINGS)
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
+        exports = [each for name in names for each in exported(name, checkpoint(name, folder), folder / name)]
+        built = builds([done.path for _, _, done in exports])
+        for (name, precision, done), engine in zip(exports, built, strict=True):
+            rows.append((name, precision, *figures(done, engine)))
+        print(*map(line, rows), sep="\n", flush=True)
         reason = tensorrt_latencies.missing()
         for name in () if reason else names:
-            for row in tensorrt_latencies.measure(name, Path(folder) / f"{name}.safetensors", Path(folder) / "gpu"):
-                latencies.append(row)
-                print(line(row), flush=True)
+            latencies += tensorrt_latencies.measure(name, folder / f"{name}.safetensors", folder / "gpu")
+            print(line(latencies[-2]), line(latencies[-1]), sep="\n", flush=True)
     if not sys.argv[1:]:
         text = HEADER.format(
-            builders=", ".join(sorted(builders)),
+            builder=built[0].builder,
             machine=f"{platform.machine()}, Python {platform.python_version()}",
             builds="\n".join(map(line, rows)),
             latencies=NOT_RUN.format(reason=reason) if reason else measured(latencies),
@@ -62,40 +64,44 @@ def main() -> None:
         (ROOT / "docs" / "tensorrt_builds.md").write_text(text, encoding="utf-8")
 
 
-def builds(name: str, weights: Path, folder: Path, builders: set[str]) -> list[tuple[str, ...]]:
-    """A row for each precision of a model; what built them is added to `builders`."""
+def exported(name: str, weights: Path, folder: Path) -> list[tuple[str, str, "Export"]]:
+    """A model's exports with the names of their precisions."""
     from mobilemix.api import deploy, prepare
-    from mobilemix.errors import MobilemixError
     from mobilemix.recipe import Recipe
-    from mobilemix.targets.tensorrt.builder import BuildOptions, build
 
     prepared = prepare(Recipe(model=name, weights=weights))
-    rows = []
+    found = []
     for precision in PRECISIONS:
         recipe = Recipe(model=name, weights=weights, target=TARGET, precision=precision)
-        try:
-            done = deploy(prepared, recipe, folder / precision)
-        except MobilemixError as error:
-            rows.append((name, precision, f"failed: {error}", *[""] * (len(HEADINGS) - 3)))
-            continue
-        engine, log = done.path.with_suffix(".engine"), done.path.with_suffix(".log")
-        again = [build(done.path, engine, log, TARGET, BuildOptions()) for _ in range(REPETITIONS)]
-        builders.add(again[0].builder)
-        layers = Counter(layer.precision for layer in again[0].layers)
-        agreement = done.parity.agreement.values()
-        rows.append(
-            (
-                name,
-                precision,
-                f"{done.path.stat().st_size / 1e6:.2f}",
-                f"{again[0].bytes / 1e6:.2f}",
-                f"{min(one.seconds for one in again):.1f}",
-                ", ".join(f"{count} {kind}" for kind, count in layers.most_common()),
-                f"{max(one.relative_l2 for one in agreement):.1e}",
-                f"{min(one.top1 for one in agreement):.0%}",
-            )
-        )
-    return rows
+        found.append((name, precision, deploy(prepared, recipe, folder / precision)))
+        print(f"{name} {precision}: exported", file=sys.stderr, flush=True)
+    return found
+
+
+def builds(models: list[Path]) -> list["Built"]:
+    """The fastest build of each, once more and one after the other, of a few."""
+    from mobilemix.targets.tensorrt.builder import BuildOptions, build
+
+    def fastest(model: Path) -> "Built":
+        engine, log = model.with_suffix(".engine"), model.with_suffix(".log")
+        again = [build(model, engine, log, TARGET, BuildOptions()) for _ in range(REPETITIONS)]
+        return min(again, key=lambda one: one.seconds)
+
+    return [fastest(model) for model in models]
+
+
+def figures(done: "Export", built: "Built") -> tuple[str, ...]:
+    """The cells of a row after the model's name and its precision."""
+    layers = Counter(layer.precision for layer in built.layers)
+    agreement = done.parity.agreement.values()
+    return (
+        f"{done.path.stat().st_size / 1e6:.2f}",
+        f"{built.bytes / 1e6:.2f}",
+        f"{built.seconds:.1f}",
+        ", ".join(f"{count} {precision}" for precision, count in layers.most_common()),
+        f"{max(one.relative_l2 for one in agreement):.1e}",
+        f"{min(one.top1 for one in agreement):.0%}",
+    )
 
 
 def measured(rows: list[tuple[str, ...]]) -> str:
@@ -118,7 +124,7 @@ def line(cells: tuple[str, ...]) -> str:
 
 HEADER = """# Every backbone as a TensorRT engine
 
-Made by `python benchmarks/tensorrt_builds.py` with {builders} ({machine}).
+Made by `python benchmarks/tensorrt_builds.py` with {builder} ({machine}).
 
 ## Builds
 
@@ -130,7 +136,9 @@ compute in: a strongly typed network runs in the types that the ONNX file says. 
 dequantised operands counts as int8, and so do the quantisations themselves; the dequantisations count as what they
 return. Constants and arithmetic on shapes are left out. `relative L2` and `top-1` compare the ONNX file, executed by
 ONNX Runtime on the CPU with the same casts, with the source in float64: the worst of two noise inputs and five
-photographs. Weights are generated, as in [exports.md](exports.md), so top-1 is agreement with PyTorch and nothing else.
+photographs (of int8: photographs alone). Weights are generated, as in [exports.md](exports.md): top-1 is agreement with
+PyTorch and nothing else, and what int8 costs a trained model is not seen here. An engine holds the source of its
+kernels, compiled where it runs; those of int8 are long, which is why engines in int8 are no smaller.
 
 {builds}
 
