@@ -353,6 +353,45 @@ def groups() -> Iterator[Case]:
         )
 
 
+def transforms() -> Iterator[Case]:
+    """The two real transforms of many maps: along their rows, then along their columns."""
+    for channels, side in ((128, 32), (256, 16), (320, 8), (104, 16)):
+        bins = side // 2 + 1
+        across, down = weight(side, 2 * bins), weight(2 * side, 2 * side)
+        rows = "r = Reshape(x, rows) m = MatMul(r, across) a = Reshape(m, halves)"
+        yield Case(
+            "transforms along rows and columns",
+            f"{channels} maps of {side} × {side}",
+            f"float[1, {channels}, {side}, {side}] x",
+            f"float[{channels}, {2 * side}, {bins}] y",
+            "each transposed",
+            {
+                "each transposed": f"""{rows} t = Transpose<perm=[0,2,1]>(a) b = Reshape(t, columns)
+                    n = MatMul(b, down) c = Reshape(n, back) y = Transpose<perm=[0,2,1]>(c)""",
+                "batch of products": f"""{rows} t = Transpose<perm=[0,2,1]>(a) n = MatMul(t, down)
+                    y = Transpose<perm=[0,2,1]>(n)""",
+                "matrix on the left": f"{rows} y = MatMul(left, a)",
+                "channels last": """r = Reshape(x, flat) t = Transpose<perm=[1,0]>(r) u = Reshape(t, pixels)
+                    m = MatMul(above, u) a = Reshape(m, wide) n = MatMul(left, a) c = Reshape(n, tall)
+                    d = Transpose<perm=[1,0]>(c) y = Reshape(d, halves)""",
+            },
+            {
+                "across": across,
+                "above": np.ascontiguousarray(across.T),
+                "down": down,
+                "left": np.ascontiguousarray(down.T),
+                "rows": integers(channels * side, side),
+                "halves": integers(channels, 2 * side, bins),
+                "columns": integers(channels * bins, 2 * side),
+                "back": integers(channels, bins, 2 * side),
+                "flat": integers(channels, side * side),
+                "pixels": integers(side, side, channels),
+                "wide": integers(2 * side, bins * channels),
+                "tall": integers(2 * side * bins, channels),
+            },
+        )
+
+
 CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     sequences,
     flattened,
@@ -362,6 +401,7 @@ CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     gates,
     splits,
     groups,
+    transforms,
 )
 
 

@@ -19,6 +19,7 @@ from mobilemix.targets.onnx.rewrites import (
     global_average_pool,
     heads,
     image_convs,
+    products,
     separate_convs,
     tokens,
 )
@@ -91,7 +92,9 @@ PASSES: tuple[Step, ...] = (
     settle(image_convs.CONVS),
     settle(tokens.CONVS),
     settle(tokens.TRANSPOSITIONS),
+    settle(products.ROWS),
     settle(image_convs.RESHAPES),
+    settle(products.TRANSPOSITIONS),
     settle(depthwise_channels.CONVS),
     settle(depthwise_channels.SPLITS),
     settle(heads.RULES),

@@ -13,6 +13,9 @@ POSITIONS_AS_ROWS = 49
 HEAD_BYTES = 2 << 20
 """From so many bytes of weights on, more than a core's own cache holds, one row's linear map is a convolution."""
 
+MATRIX_MOVED_WHOLE = 1 << 11
+"""Elements of each of a batch of matrices up to which a runtime moves them faster as one large matrix."""
+
 
 def missing_channels(channels: int) -> int:
     """Channels to add to a depthwise convolution for ONNX Runtime to keep it in the blocked layout."""
@@ -27,3 +30,8 @@ def is_product(positions: int) -> bool:
 def is_head(rows: int, weight_bytes: int) -> bool:
     """Whether to write a linear map of so many rows as a convolution of one pixel."""
     return rows == 1 and weight_bytes >= HEAD_BYTES
+
+
+def is_moved_whole(count: int, elements: int) -> bool:
+    """Whether to transpose `count` matrices of so many elements as one that holds them all."""
+    return count > 1 and elements <= MATRIX_MOVED_WHOLE
