@@ -182,6 +182,7 @@ def verify(
     debug: Debug = False,  # noqa: ARG001 -- as above
 ) -> None:
     """Verify an exported artifact again, from its manifest."""
+    _refuse_engine(artifact)
     from mobilemix import api
 
     with _progress("Verifying") as listener:
@@ -215,6 +216,7 @@ def inspect(
     debug: Debug = False,  # noqa: ARG001 -- as above
 ) -> None:
     """Say what stands between a model and each target, which pass handles it, and what the graph costs."""
+    _refuse_engine(Path(model))
     base = load_recipe(recipe) if recipe else Recipe()
     options = {"model": model or None, "weights": weights, "shim": tuple(shim) if shim else None}
     given = {name: value for name, value in {**options, **_inputs(input_ or [])}.items() if value is not None}
@@ -346,6 +348,12 @@ class _Interrupted(BaseException):
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise _Interrupted("interrupted; nothing was written")
+
+
+def _refuse_engine(path: Path) -> None:
+    """An engine says nothing of itself; the file beside it, which has the manifest, says all."""
+    if path.suffix == ".engine":
+        raise InputError(f"{path} is an engine; give the file that it was built from, {path.with_suffix('.onnx')}")
 
 
 def _fitting(given: dict[str, Any], target: str, targets: list[str]) -> dict[str, Any]:

@@ -183,6 +183,8 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
         (["verify"], "Missing argument"),
         (["verify", "nowhere.onnx"], "there is no artifact nowhere.onnx"),
         (["inspect", "afnet_t"], "unknown model 'afnet_t'; did you mean 'affnet_t'? Valid: "),
+        (["verify", "net.rtx.engine"], "is an engine; give the file that it was built from, net.rtx.onnx"),
+        (["inspect", "net.rtx.engine"], "is an engine; give the file that it was built from, net.rtx.onnx"),
         (["inspect", "nowhere.onnx"], "there is no artifact nowhere.onnx"),
         (["inspect", "nowhere.tflite"], "there is no artifact nowhere.tflite"),
         (["inspect", "nowhere.onnx", "--input", "1x3x8x8"], "nowhere.onnx is an artifact, inspected as it is"),

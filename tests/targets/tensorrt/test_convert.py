@@ -188,7 +188,7 @@ def test_the_engine_of_an_older_file_does_not_stay(
     ("error", "kind", "message"),
     [
         (TargetError("out of memory"), TargetError, "out of memory"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
         (
             Refused("TensorRT", (Refusal("gelu", "Erf", "no importer"),)),
             UnsupportedOpError,
@@ -200,7 +200,7 @@ def test_the_engine_of_an_older_file_does_not_stay(
 def test_a_build_that_fails_leaves_the_old_artifact(
     error: BaseException,
     kind: type[BaseException],
-    message: str,
+    message: str | None,
     prepared: api.Prepared,
     recipe: Recipe,
     tmp_path: Path,
