@@ -13,7 +13,7 @@ POSITIONS_AS_ROWS = 49
 HEAD_BYTES = 2 << 20
 """From so many bytes of weights on, more than a core's own cache holds, one row's linear map is a convolution."""
 
-MATRIX_MOVED_WHOLE = 1 << 11
+MATRIX_MOVED_WHOLE = 1 << 9
 """Elements of each of a batch of matrices up to which a runtime moves them faster as one large matrix."""
 
 
