@@ -259,7 +259,9 @@ def _evaluate(module: nn.Module, samples: Sequence[Sequence[Tensor]], dtype: tor
         with torch.no_grad():
             leaves = pytree.tree_leaves(thread.module(*(_widen(value, dtype) for value in sample)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return [(torch.view_as_real(tensor) if tensor.is_complex() else tensor).numpy() for tensor in tensors]
+        return [
+            (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).numpy() for tensor in tensors
+        ]
 
     with _default_dtype(dtype):
         return spread(answer, samples)

@@ -123,7 +123,7 @@ def test_tokens_and_complex_numbers(tmp_path: Path) -> None:
 
         def forward(self, tokens: Tensor, spectrum: Tensor) -> tuple[Tensor, Tensor]:
             waves = torch.fft.ifft(spectrum * 2).real
-            return self.embedding(tokens) + waves[:, None], spectrum * 1j
+            return self.embedding(tokens) + waves[:, None], spectrum.conj()
 
     torch.manual_seed(0)
     shapes, dtypes = ((1, 6), (1, 8)), ("int64", "complex64")

@@ -121,6 +121,7 @@ def _torchlib(graph: fx.Graph) -> Iterator[SimpleNamespace]:
     functions = dict(default_registry.items())
     targets = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     names: set[str] = {target.name() for target in targets - set(TRANSLATIONS)}  # type: ignore[no-untyped-call]
+    names.add("aten::scalar_tensor")  # what type promotion makes of a number beside a tensor of another dtype
     whole = {**torch.export.default_decompositions(), **TRANSLATIONS}
     if not names <= set(functions) or any(_must_decompose(target, whole) for target in targets):
         names = {name for name in functions if not name.startswith("internal::")}
