@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mobilemix",
-    help="Take FFT and state-space vision models to Core ML, ONNX, LiteRT and TensorRT, and prove that they arrived intact.",
+    help="Take FFT and state-space models to Core ML, ONNX, LiteRT and TensorRT, and prove that they arrived intact.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
