@@ -105,20 +105,6 @@ class Bessel(nn.Module):
         return torch.special.bessel_j0(x) + 1
 
 
-def test_numbers_that_are_promoted_beside_integers() -> None:
-    class Table(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(7, 4)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.embedding(tokens) * 2
-
-    tokens = torch.arange(6)[None]
-    model = translate(onnx_cases.lower(Table(), tokens, outputs=["out"]), 18).model
-    assert "Gather" in {node.op_type for node in model.graph}
-
-
 def test_missing_operator_is_named_with_its_place() -> None:
     with pytest.raises(UnsupportedOpError, match=r"bessel_j0.*test_translate\.py:\d+ \(return torch.special"):
         translate(onnx_cases.lower(Bessel(), torch.randn(3)), 18)
