@@ -21,7 +21,7 @@ from mobilemix.targets.onnx.quantize import DEQUANTISED, QUANTISED, SCALE, Kind,
 from mobilemix.targets.onnx.rewrites import PASSES, Step
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 
-OPTIMISATION_TOLERANCE = {"fp32": 1e-5, **{name: TIERS[name].relative_l2 for name in ("fp16", "bf16", "int8", "fp8")}}
+OPTIMISATION_TOLERANCE = {"fp32": 1e-5, "fp16": TIERS["fp16"].relative_l2}
 """Largest relative L2 distance between ONNX Runtime with and without its graph optimisations: rounding alone."""
 
 _CONVERSIONS = ("Cast", "QuantizeLinear", "DequantizeLinear")
@@ -69,7 +69,7 @@ def rounding(
         twin = OnnxRunner(twin_path)
         difference = first_difference(onnx.load(twin_path), onnx.load(path))
         if precision in CALIBRATED:
-            difference = difference or _first_float(ir.load(twin_path), ir.load(path))
+            difference = difference or first_float(ir.load(twin_path), ir.load(path))
         peaks = [(_peak(value), name) for sample in samples for name, value in twin.values(sample)]
         errors = [error for sample in samples for error in _errors(twin.run(sample), _evaluate(lowered, sample))]
     peak, where = max(peaks, default=(0.0, "no value"))
@@ -126,7 +126,7 @@ def _quantised(graph: onnx.GraphProto, weights: Mapping[str, Array]) -> Iterator
             yield _plain(scale), scales
 
 
-def _first_float(full: ir.Model, narrow: ir.Model) -> str | None:
+def first_float(full: ir.Model, narrow: ir.Model) -> str | None:
     """Which product of a float32 graph that should be quantised is not; None if none."""
     expected = {(node.op_type, str(node.outputs[0].name)) for node, *_ in products(full.graph)}
     for node in narrow.graph:
