@@ -13,7 +13,7 @@ from mobilemix.targets import is_installed
 
 ARCHITECTURES = [name for name, spec in MODELS.items() if spec.weights is None]
 RECIPES = sorted((Path(__file__).parents[1] / "export").glob("*.toml"))
-DEPLOYMENTS = [("onnx", "fp32"), ("coreml", "fp16"), ("coreml", "fp32")]
+DEPLOYMENTS = [("onnx", "fp32"), ("tensorrt", "fp16"), ("coreml", "fp16"), ("coreml", "fp32")]
 
 pytestmark = pytest.mark.slow
 
