@@ -1,21 +1,28 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_cases
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
+from mobilemix.errors import InputError
 from mobilemix.parity import relative_l2
-from mobilemix.recipe import Recipe
+from mobilemix.recipe import LEAST_OPSETS, Recipe
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.onnx import OnnxTarget, checks
-from mobilemix.targets.onnx.half import WIDE_OPERATORS
+from mobilemix.targets.onnx.half import WIDE_OPERATORS, halve, to_half
 
 RECIPE = Recipe(target="onnx", precision="fp16")
+BFLOAT16 = Recipe(target="onnx", precision="bf16")
+COARSER = (4, 16)
+"""bfloat16 has 8 bits of significand, float16 has 11."""
+
 HALF_ROUNDING = 5e-3
 """Relative L2 of a dozen layers in float16."""
 
@@ -132,3 +139,73 @@ def test_masks_of_infinities_are_within_the_range(tmp_path: Path) -> None:
     OnnxTarget().compile(lowered, RECIPE, path)
     found = checks.rounding(lowered, RECIPE, path, [{"x": np.array([-1, 2, -3, 4], np.float32)}])
     assert all(check.passed for check in found), found
+
+
+@pytest.fixture(scope="module")
+def brain(lowered: Lowered, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("brain") / "small.onnx"
+    OnnxTarget().compile(lowered, BFLOAT16, path)
+    return path
+
+
+def test_bfloat16_has_the_arithmetic_and_float32_the_sums(brain: Path) -> None:
+    model = onnx.load(brain)
+    known = types(model)
+    assert known["image"] == known["logits"] == TensorProto.FLOAT
+    (opset,) = (entry.version for entry in model.opset_import)
+    assert opset == LEAST_OPSETS["bf16"]
+    for node in model.graph.node:
+        floats = {known[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
+        if node.op_type in ("Conv", "MatMul", "Gemm", "LayerNormalization"):
+            assert floats == {TensorProto.BFLOAT16}, node.name
+        if node.op_type in WIDE_OPERATORS:
+            assert floats == {TensorProto.FLOAT}, node.name
+
+
+def test_bfloat16_is_as_much_coarser_as_it_has_fewer_bits(
+    halved: Path, brain: Path, twin: Path, sample: dict[str, np.ndarray]
+) -> None:
+    expected = OnnxTarget().load(twin).run(sample)["logits"]
+    fine, coarse = (relative_l2(OnnxTarget().load(path).run(sample)["logits"], expected) for path in (halved, brain))
+    least, largest = COARSER
+    assert least < coarse / fine < largest
+
+
+def test_every_value_that_is_bfloat16_is_rounded_to_it(brain: Path, sample: dict[str, np.ndarray]) -> None:
+    known = types(onnx.load(brain))
+    narrow = {
+        name: value
+        for name, value in OnnxTarget().load(brain).values(sample)
+        if known.get(name) == TensorProto.BFLOAT16
+    }
+    assert len(narrow) > 20
+    for name, value in narrow.items():
+        assert np.array_equal(value, value.astype(ir.DataType.BFLOAT16.numpy()).astype(np.float32)), name
+
+
+def test_bfloat16_files_are_checked_to_be_the_rounded_twin(
+    brain: Path, lowered: Lowered, sample: dict[str, np.ndarray]
+) -> None:
+    found = checks.rounding(lowered, BFLOAT16, brain, [sample])
+    assert [check.name for check in found] == ["float32 twin against PyTorch", "bf16 file is the twin, rounded"]
+    assert all(check.passed for check in found), found
+
+
+def test_what_the_opset_has_no_bfloat16_for_stays_float32(twin: Path) -> None:
+    model = ir.load(twin)
+    halve(model, ir.DataType.BFLOAT16)
+    assert {node.outputs[0].dtype for node in model.graph if node.op_type == "Conv"} == {ir.DataType.FLOAT}
+    assert {node.outputs[0].dtype for node in model.graph if node.op_type == "Gemm"} == {ir.DataType.BFLOAT16}
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_bounds_stay_finite(dtype: ir.DataType) -> None:
+    bounds = np.array([np.finfo(np.float32).min, np.finfo(np.float32).max, np.inf, 0.1], np.float32)
+    rounded = to_half(bounds, dtype).astype(np.float32)
+    assert np.isfinite(rounded).tolist() == [True, True, False, True]
+    assert 0 < abs(rounded[3] - bounds[3]) < 1e-3
+
+
+def test_an_opset_without_the_precision_is_refused(lowered: Lowered, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="bf16 needs opset 22, not 20"):
+        OnnxTarget().compile(lowered, dataclasses.replace(BFLOAT16, opset=20), tmp_path / "old.onnx")
