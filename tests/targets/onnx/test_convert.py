@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -114,6 +115,42 @@ def test_simplification_that_changes_results_is_refused(monkeypatch: pytest.Monk
     with pytest.raises(TargetError, match=r"onnxsim changed output 'logits' by \d"):
         OnnxTarget().compile(onnx_cases.lower(nn.ReLU(), torch.randn(9)), Recipe(target="onnx"), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "part", ["nothing", "a weight", "an attribute", "an operator", "an opset", "weights beside it"]
+)
+def test_only_an_untouched_graph_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str) -> None:
+    def change(source: str, output_path: str, **_: object) -> None:
+        model = onnx.load(source)
+        if part == "a weight":
+            weight = model.graph.initializer[0]
+            weight.raw_data = weight.raw_data[:-1] + b"\x7f"
+        elif part == "an attribute":
+            (node,) = (node for node in model.graph.node if node.op_type == "LeakyRelu")
+            node.attribute[0].f *= 2
+        elif part == "an operator":
+            model.graph.node[-1].op_type = "Abs"
+        elif part == "an opset":
+            model.opset_import[0].version += 1
+        beside = (
+            {"save_as_external_data": True, "location": "x.data", "size_threshold": 0}
+            if part == "weights beside it"
+            else {}
+        )
+        onnx.save(model, output_path, **beside)
+
+    class WasRunError(Exception):
+        pass
+
+    def run(*_: object) -> None:
+        raise WasRunError
+
+    monkeypatch.setattr("onnxsim.simplify", change)
+    monkeypatch.setattr(convert, "trace", run)
+    lowered = onnx_cases.lower(nn.Sequential(nn.Conv2d(2, 3, 1), nn.LeakyReLU()), torch.randn(1, 2, 40, 40))
+    with contextlib.nullcontext() if part == "nothing" else pytest.raises(WasRunError):
+        OnnxTarget().compile(lowered, Recipe(target="onnx"), tmp_path / "a.onnx")
 
 
 def test_failing_simplification_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
