@@ -15,6 +15,14 @@ WIDE_OPERATORS = ("InstanceNormalization", "ReduceMean", "ReduceSum", "GlobalAve
 Besides these, what a pass has marked by a name that begins with `mobilemix.passes.editing.WIDE`.
 """
 
+NO_BFLOAT16 = frozenset(
+    {
+        *("DeformConv", "GridSample", "HardSwish", "LpNormalization", "Mish", "NonMaxSuppression", "NonZero"),
+        *("RoiAlign", "Shrink"),
+    }
+)
+"""What NVIDIA's parser takes in float16 and not in bfloat16, by its list for TensorRT 10.0 and by trying RTX 1.7."""
+
 LARGEST = float(np.finfo(np.float16).max)
 SUFFIXES = (".full", ".half")
 """What the name of a value's other form ends in."""
@@ -30,8 +38,8 @@ def halve(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> None:
     Before:   x → Conv(w) → Softmax → y
     After:    x → Cast → Conv(w.half) → Cast → Softmax → y
 
-    What the standard does not define for the type at the model's opset stays float32: convolutions and pooling have
-    bfloat16 from opset 22.
+    What the standard does not define for the type at the model's opset stays float32 (convolutions and pooling have
+    bfloat16 from opset 22), and so does `NO_BFLOAT16`.
 
     Args:
         model: float32; changed in place.
@@ -41,6 +49,7 @@ def halve(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> None:
     for node in list(model.graph):
         schema = onnx.defs.get_schema(node.op_type, model.opset_imports[""], node.domain)
         wide = node.op_type in WIDE_OPERATORS or str(node.outputs[0].name).startswith(WIDE)
+        wide |= dtype == ir.DataType.BFLOAT16 and node.op_type in NO_BFLOAT16
         halved = set()
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype not in (_FULL, dtype):
