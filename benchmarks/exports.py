@@ -129,9 +129,10 @@ HEADER = """# Every backbone to every target
 
 Made by `python benchmarks/exports.py` on {machine}.
 
-Each row is one `mobilemix export` in a process of its own: `seconds` is the whole command, from the start of the process
-until it is gone, `peak GB` its peak resident memory. Errors are those of the artifact, read back from disk and executed (ONNX
-Runtime; the MIL executor), against the float64 source model: the worst of two noise inputs and five photographs.
+Each row is one `mobilemix export` in a process of its own: `seconds` is the whole command, from the start of the
+process until it is gone, `peak GB` its peak resident memory. Errors are those of the artifact, read back from disk and
+executed (ONNX Runtime; the MIL executor), against the float64 source model: the worst of two noise inputs and five
+photographs.
 Core ML in fp16 is executed with every declared fp16 value rounded; its program and weights are also proven equal to the
 fp32 ones, op for op. Weights are generated (normal, of gain 0.7), so top-1 is agreement with PyTorch and nothing else.
 With a gain of 1, activations grow from layer to layer, and so do rounding errors: EfficientViM-M4 in fp16 is then 0.02
