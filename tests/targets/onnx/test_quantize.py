@@ -192,6 +192,12 @@ def test_products_of_activations_stay(module: nn.Module, count: int, tmp_path: P
     assert [node.op_type for node in onnx.load(path).graph.node].count("MatMul") >= 2
 
 
+@pytest.mark.parametrize(("groups", "count"), [(1, 2), (2, 2), (8, 1)])
+def test_depthwise_convolutions_stay(groups: int, count: int, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, groups=groups))
+    assert len(quantised_modules(compiled(tmp_path, module, torch.randn(1, 3, 8, 8)))) == count
+
+
 class Filter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
