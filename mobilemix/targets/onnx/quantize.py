@@ -19,8 +19,7 @@ What stays in floating point, and why:
 - what reads one of these before a norm or a residual sum: few of its numbers are much larger than the others;
 - sums of residual branches, which go on in floating point to norms and further sums.
 
-What stays is float16, which GPUs that have 8-bit kernels compute as fast as they move it: with float32 around the
-8-bit products the trained flowers classifier answers no better.
+What stays is float16: with float32 around the 8-bit products the trained flowers classifier answers no better.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
