@@ -14,6 +14,9 @@ from mobilemix.recipe import Recipe
 Array = np.ndarray
 Inputs = Mapping[str, Array]
 
+LARGEST_HALF = float(np.finfo(np.float16).max)
+"""Largest finite float16, 65504."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:

@@ -11,14 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mobilemix.targets.base import LARGEST_HALF
 from mobilemix.targets.coreml.package import Package
 from mobilemix.threads import spread
-
-LARGEST = 65504.0
-"""Largest finite float16. A value beyond it becomes infinite on the device, so it fails the audit.
-
-One that is infinite in the float32 build is infinite in the model, as masks are: float16 holds it as it is.
-"""
 
 SMALLEST_NORMAL = 2.0**-14
 """Smallest float16 with full precision."""
@@ -49,8 +44,11 @@ class Range:
 
     @property
     def overflows(self) -> bool:
-        """Whether float16 cannot hold it; not a number counts."""
-        return not self.largest <= LARGEST
+        """Whether it becomes infinite on the device, which fails the audit; not a number counts.
+
+        What is infinite in the float32 build is infinite in the model, as masks are: float16 holds it as it is.
+        """
+        return not self.largest <= LARGEST_HALF
 
 
 @dataclasses.dataclass(frozen=True)

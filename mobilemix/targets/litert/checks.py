@@ -10,11 +10,11 @@ import torch
 
 from mobilemix.parity import relative_l2
 from mobilemix.recipe import Recipe
-from mobilemix.targets.base import Array, Check, Inputs, Lowered
+from mobilemix.targets.base import LARGEST_HALF, Array, Check, Inputs, Lowered
 from mobilemix.targets.litert import flatbuffer
 from mobilemix.targets.litert.convert import float_build
 from mobilemix.targets.litert.flatbuffer import Model
-from mobilemix.targets.litert.quantize import HALF_SUFFIX, LARGEST_HALF
+from mobilemix.targets.litert.quantize import HALF_SUFFIX
 from mobilemix.targets.litert.runtime import LiteRTRunner
 
 TWIN_TOLERANCE = 1e-5

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from mobilemix.targets.base import Array, Inputs
+from mobilemix.targets.base import LARGEST_HALF, Array, Inputs
 from mobilemix.targets.litert import flatbuffer
 from mobilemix.targets.litert.flatbuffer import Model
 from mobilemix.targets.litert.quiet import quiet, silent
@@ -18,8 +18,6 @@ HALF_SUFFIX = "_float16"
 
 SMALLEST_HALF = 32
 """Elements below which a constant stays float32: an operator that widens it would be larger than what it saves."""
-
-LARGEST_HALF = 65504.0
 
 INTEGER = (
     *("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "ADD", "MUL", "LOGISTIC"),

@@ -14,9 +14,9 @@ from mobilemix.calibration import CALIBRATED
 from mobilemix.errors import TargetError
 from mobilemix.parity import TIERS, relative_l2
 from mobilemix.recipe import Recipe, opset_of
-from mobilemix.targets.base import Array, Check, Inputs, Lowered
+from mobilemix.targets.base import LARGEST_HALF, Array, Check, Inputs, Lowered
 from mobilemix.targets.onnx.convert import check, write
-from mobilemix.targets.onnx.half import LARGEST, SUFFIXES, to_half
+from mobilemix.targets.onnx.half import SUFFIXES, to_half
 from mobilemix.targets.onnx.quantize import DEQUANTISED, QUANTISED, SCALE, Kind, by_channel, products
 from mobilemix.targets.onnx.rewrites import PASSES, Step
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
@@ -82,8 +82,8 @@ def rounding(
         ),
     ]
     if precision != "bf16":  # which has float32's range
-        detail = f"largest magnitude {peak:.3g} of {LARGEST:.0f}, {where}"
-        found.append(Check("float16 range", peak <= LARGEST, detail))
+        detail = f"largest magnitude {peak:.3g} of {LARGEST_HALF:.0f}, {where}"
+        found.append(Check("float16 range", peak <= LARGEST_HALF, detail))
     return found
 
 

@@ -23,7 +23,6 @@ NO_BFLOAT16 = frozenset(
 )
 """What NVIDIA's parser takes in float16 and not in bfloat16, by its list for TensorRT 10.0 and by trying RTX 1.7."""
 
-LARGEST = float(np.finfo(np.float16).max)
 SUFFIXES = (".full", ".half")
 """What the name of a value's other form ends in."""
 

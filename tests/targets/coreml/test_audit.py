@@ -8,9 +8,9 @@ from coreml_lowered import FP16, lowered, samples
 from coreml_packages import seeded
 from torch import nn
 
-from mobilemix.targets.base import Check
+from mobilemix.targets.base import LARGEST_HALF, Check
 from mobilemix.targets.coreml import CoreMLTarget
-from mobilemix.targets.coreml.audit import LARGEST, SMALLEST_NORMAL, audit
+from mobilemix.targets.coreml.audit import SMALLEST_NORMAL, audit
 from mobilemix.targets.coreml.package import Package, read_package
 
 TINY = SMALLEST_NORMAL / 4
@@ -35,7 +35,7 @@ def test_ranges_over_all_samples(empty: Package) -> None:
     assert (b.largest, b.subnormal, b.lost, b.overflows) == (70000.0, 0.0, 0.0, True)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.nextafter(LARGEST, np.inf), -1e30])
+@pytest.mark.parametrize("value", [np.nan, np.nextafter(LARGEST_HALF, np.inf), -1e30])
 @pytest.mark.parametrize("sample", [0, 1])
 def test_what_float16_cannot_hold_overflows_in_whichever_sample(value: float, sample: int, empty: Package) -> None:
     runs = [[("a", np.array([1.0, value if index == sample else 2.0]))] for index in (0, 1)]
@@ -51,9 +51,9 @@ def test_masks_of_infinities_do_not_overflow(empty: Package) -> None:
 
 
 def test_the_largest_float16_does_not_overflow(empty: Package) -> None:
-    found = audit(empty, [[("a", np.array([-LARGEST]))]], {"a"})
+    found = audit(empty, [[("a", np.array([-LARGEST_HALF]))]], {"a"})
     assert found.overflowing == ()
-    assert found.largest.largest == LARGEST
+    assert found.largest.largest == LARGEST_HALF
 
 
 def test_a_value_of_zeros_is_neither(empty: Package) -> None:
