@@ -131,15 +131,16 @@ Made by `python benchmarks/tensorrt_builds.py` with {builder} ({machine}).
 Parsed and built ahead of time by TensorRT for RTX, which needs no GPU, for compute capability 8.0 and later. TensorRT
 itself has the same ONNX parser, and builds for one GPU by timing kernels on it, so its sizes and seconds differ.
 
-`build s` is the builder alone, the fastest of three, on a machine that does other work too. `layers` counts the parsed network's layers by the type they
-compute in: a strongly typed network runs in the types that the ONNX file says. A convolution or matrix product of
-dequantised operands counts as int8, and so do the quantisations themselves; the dequantisations count as what they
-return. Constants and arithmetic on shapes are left out. `relative L2` and `top-1` compare the ONNX file, executed by
-ONNX Runtime on the CPU with the same casts, with the source in float64: the worst of two noise inputs and five
-photographs (of int8: photographs alone). Weights are generated, as in [exports.md](exports.md): top-1 is agreement with
-PyTorch and nothing else, and what int8 costs a trained model is not seen here. A row whose error is beyond its
-precision's tolerance (verification.md) is an export that fails, though NVIDIA's builder takes it. An engine holds the
-source of its kernels, compiled where it runs; those of int8 are long, so most engines in int8 are larger than in fp16.
+`build s` is the builder alone, the fastest of three, on a machine that does other work too. `layers` counts the parsed
+network's layers by the type they compute in: a strongly typed network runs in the types that the ONNX file says. A
+convolution or matrix product of dequantised operands counts as int8, and so do the quantisations themselves; the
+dequantisations count as what they return. Constants and arithmetic on shapes are left out. `relative L2` and `top-1`
+compare the ONNX file, executed by ONNX Runtime on the CPU with the same casts, with the source in float64: the worst
+of two noise inputs and five photographs (of int8: photographs alone). Weights are generated, as in
+[exports.md](exports.md): top-1 is agreement with PyTorch and nothing else, and what int8 costs a trained model is not
+seen here. A row whose error is beyond its precision's tolerance (verification.md) is an export that fails, though
+NVIDIA's builder takes it. An engine holds the source of its kernels, compiled where it runs; those of int8 are long,
+so most engines in int8 are larger than in fp16.
 
 {builds}
 
