@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -147,7 +148,12 @@ class Prepared:
         with shim(*self.source.shim):
             if self.trials is not None:
                 return self.trials.references(ask)
-            return {name: ask(samples) for name, samples in self.samples.items()}
+            answered = ask([sample for samples in self.samples.values() for sample in samples])
+        outputs = iter(answered.outputs)
+        return {
+            name: dataclasses.replace(answered, outputs=list(itertools.islice(outputs, len(samples))))
+            for name, samples in self.samples.items()
+        }
 
 
 def export(

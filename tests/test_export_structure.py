@@ -81,7 +81,7 @@ def test_a_core_ml_export_converts_each_precision_once_and_runs_the_source_once_
     assert len(conversions) == 2, "float16, and the float32 that it is compared with"
     assert conversions[0] is conversions[1], "the program is prepared for coremltools once"
     sets = export.parity.agreement.values()
-    assert len(references) == len(sets)
+    assert len(references) == 1, "one copy of the source in float64"
     assert len(lowered_references) == 1
     assert len(executions) == sum(one.samples for one in sets) + len(sets), "each set's last sample in float32 as well"
     assert len(reads) <= 4
@@ -95,7 +95,7 @@ def test_an_onnx_export_traces_each_file_once(monkeypatch: pytest.MonkeyPatch, t
     export = api.export(Classifier(), target="onnx", input_shapes=((1, 3, 12, 12),), output=tmp_path)
     assert export.parity.passed
     assert len(traces) == 2, "before and after onnxsim"
-    assert len(sessions) == len(traces) + 3, "the artifact, and its optimisable check with and without optimisation"
+    assert len(sessions) == len(traces) + 2, "the artifact with and without optimisation"
 
 
 def test_passes_copy_the_graph_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def standard(path: Path) -> Check:
 
 def optimisable(path: Path, precision: str, samples: Sequence[Inputs]) -> Check:
     """ONNX Runtime's own graph optimisations keep the results."""
-    plain, optimised = OnnxRunner(path, optimised=False), OnnxRunner(path)
+    optimised, plain = OnnxRunner(path), OnnxRunner(path, optimised=False)
     errors = [error for sample in samples for error in _errors(optimised.run(sample), plain.run(sample))]
     return _within("ONNX Runtime with and without optimisation", errors, OPTIMISATION_TOLERANCE[precision])
 

@@ -1,5 +1,6 @@
 """ONNX files executed by ONNX Runtime on the CPU."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -49,12 +50,7 @@ class OnnxRunner:
             TargetError: ONNX Runtime has no kernel for one of its nodes.
         """
         self._path = path
-        model = read_model(path)  # says what is wrong with a file that is none
-        if emulation.is_needed(model):
-            emulation.emulate(model, path.parent)
-            self._session = _open(model.SerializeToString(), optimised)
-        else:
-            self._session = _open(str(path), optimised)
+        self._session = _session(path, path.stat().st_mtime_ns if path.exists() else 0, optimised)
 
     def run(self, inputs: Inputs) -> dict[str, Array]:
         """Execute; outputs by name, float32.
@@ -68,6 +64,16 @@ class OnnxRunner:
         """Every floating-point value that a node computes, in the file's order, before any optimisation."""
         _, values = trace(self._path, inputs)
         yield from values.items()
+
+
+@functools.lru_cache(maxsize=1)  # the run that is compared, and the checks after it, are of one file
+def _session(path: Path, _modified: int, optimised: bool) -> ort.InferenceSession:
+    """The file as `OnnxRunner` runs it; raises as that does."""
+    model = read_model(path)  # says what is wrong with a file that is none
+    if not emulation.is_needed(model):
+        return _open(str(path), optimised)
+    emulation.emulate(model, path.parent)
+    return _open(model.SerializeToString(), optimised)
 
 
 def trace(path: Path, inputs: Inputs) -> tuple[dict[str, Array], dict[str, Array]]:
