@@ -87,15 +87,15 @@ def test_a_core_ml_export_converts_each_precision_once_and_runs_the_source_once_
     assert len(reads) <= 4
 
 
-def test_an_onnx_export_traces_each_file_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_onnx_export_opens_its_file_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mobilemix.targets.onnx import convert, runtime
 
     traces = counted(monkeypatch, convert, "trace")
     sessions = counted(monkeypatch, runtime, "_open")
     export = api.export(Classifier(), target="onnx", input_shapes=((1, 3, 12, 12),), output=tmp_path)
     assert export.parity.passed
-    assert len(traces) == 2, "before and after onnxsim"
-    assert len(sessions) == len(traces) + 2, "the artifact with and without optimisation"
+    assert not traces, "onnxsim finds nothing to do, which the graphs themselves show"
+    assert len(sessions) == 2, "the artifact with and without optimisation"
 
 
 def test_passes_copy_the_graph_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,4 +156,4 @@ def test_references_are_computed_once_for_all_targets(monkeypatch: pytest.Monkey
             prepared, Recipe(model="Classifier", target=name, input_shapes=recipe.input_shapes), tmp_path
         )
         assert export.parity.passed
-    assert len(references) == len(prepared.samples), "once for all targets"
+    assert len(references) == 1, "once for all targets"
