@@ -50,7 +50,8 @@ class OnnxRunner:
             TargetError: ONNX Runtime has no kernel for one of its nodes.
         """
         self._path = path
-        self._session = _session(path, path.stat().st_mtime_ns if path.exists() else 0, optimised)
+        files = [file for file in (path, path.with_suffix(".data")) if file.exists()]
+        self._session = _session(path, optimised, tuple((file, file.stat().st_mtime_ns) for file in files))
 
     def run(self, inputs: Inputs) -> dict[str, Array]:
         """Execute; outputs by name, float32.
@@ -67,8 +68,8 @@ class OnnxRunner:
 
 
 @functools.lru_cache(maxsize=1)  # the run that is compared, and the checks after it, are of one file
-def _session(path: Path, _modified: int, optimised: bool) -> ort.InferenceSession:
-    """The file as `OnnxRunner` runs it; raises as that does."""
+def _session(path: Path, optimised: bool, _modified: tuple[tuple[Path, int], ...]) -> ort.InferenceSession:
+    """The file as `OnnxRunner` runs it, kept until it is another or modified; raises as that does."""
     model = read_model(path)  # says what is wrong with a file that is none
     if not emulation.is_needed(model):
         return _open(str(path), optimised)
