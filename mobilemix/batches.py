@@ -19,8 +19,8 @@ from mobilemix.targets.base import Array, Inputs, Lowered
 BATCH = "batch"
 """Name of the open axis, the first of inputs and outputs."""
 
-PAIRS = ((2, 3), (5, 6))
-"""What models are captured for; the second where passes choose different forms for the first.
+PAIRS = ((2, 3), (5, 6), (8, 9))
+"""What models are captured for; the next where passes choose different forms for the two of one.
 
 Never 1, which many operators take for no axis; without a common divisor, so that multiples tell them apart.
 """

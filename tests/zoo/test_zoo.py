@@ -16,6 +16,9 @@ FOREIGN = {"DFT", "STFT", "ComplexMul", "Loop", "while_loop"}
 SCATTERED = {"mambapy"}
 """Its parallel scan writes every second element, every fourth and so on in place, which stays what it is."""
 
+WRITTEN_FOR_FLOAT32 = {"fnet_matrices"}
+"""Its code casts to complex64, so that it does not run in float64."""
+
 SMALL = ("afno", "mambavision")
 
 
@@ -28,7 +31,7 @@ def prepared(name: str) -> Prepared:
 def check(model: Prepared, name: str, target: str, precision: str, folder: Path) -> None:
     result = deploy(model, recipe(name, target=target, precision=precision), folder / target / precision)
     assert result.parity.passed, result.parity
-    assert result.parity.reference == "float64"
+    assert result.parity.reference == ("float32" if name in WRITTEN_FOR_FLOAT32 else "float64")
     found = result.manifest.artifact["operators"]
     assert not {operator for operator in found if operator in FOREIGN or "complex" in operator or "fft" in operator}
     assert ("ScatterND" in found) == (target == "onnx" and name in SCATTERED)
