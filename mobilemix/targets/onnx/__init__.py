@@ -1,6 +1,5 @@
 """The ONNX target: one checked `.onnx` file that ONNX Runtime, and whatever reads ONNX, can run."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Inputs, Lowered, Runner
 from mobilemix.targets.onnx import checks, scans
 from mobilemix.targets.onnx.convert import write
-from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
+from mobilemix.targets.onnx.runtime import OnnxRunner, histogram
 
 
 class OnnxTarget:
@@ -42,4 +41,4 @@ class OnnxTarget:
 
     def op_histogram(self, path: Path) -> dict[str, int]:
         """Occurrences by operator type."""
-        return dict(sorted(Counter(node.op_type for node in read_model(path).graph.node).items()))
+        return histogram(path)

@@ -51,7 +51,7 @@ def standard(path: Path) -> Check:
 def optimisable(path: Path, precision: str, samples: Sequence[Inputs]) -> Check:
     """ONNX Runtime's own graph optimisations keep the results."""
     optimised, plain = OnnxRunner(path), OnnxRunner(path, optimised=False)
-    errors = [error for sample in samples for error in _errors(optimised.run(sample), plain.run(sample))]
+    errors = [error for sample in samples for error in errors_of(optimised.run(sample), plain.run(sample))]
     return _within("ONNX Runtime with and without optimisation", errors, OPTIMISATION_TOLERANCE[precision])
 
 
@@ -71,7 +71,7 @@ def rounding(
         if precision in CALIBRATED:
             difference = difference or first_float(ir.load(twin_path), ir.load(path))
         peaks = [(_peak(value), name) for sample in samples for name, value in twin.values(sample)]
-        errors = [error for sample in samples for error in _errors(twin.run(sample), _evaluate(lowered, sample))]
+        errors = [error for sample in samples for error in errors_of(twin.run(sample), _evaluate(lowered, sample))]
     peak, where = max(peaks, default=(0.0, "no value"))
     found = [
         _within("float32 twin against PyTorch", errors, TWIN_TOLERANCE),
@@ -167,7 +167,8 @@ def _evaluate(lowered: Lowered, sample: Inputs) -> dict[str, Array]:
     return {name: leaf.numpy() for name, leaf in zip(lowered.output_names, leaves, strict=True)}
 
 
-def _errors(values: dict[str, Array], expected: dict[str, Array]) -> list[float]:
+def errors_of(values: Mapping[str, Array], expected: Mapping[str, Array]) -> list[float]:
+    """Relative L2 distance of each output."""
     return [relative_l2(values[name], reference) for name, reference in expected.items()]
 
 

@@ -32,15 +32,13 @@ from onnx_ir.passes import common
 
 from mobilemix.errors import InputError
 from mobilemix.passes.editing import WIDE
+from mobilemix.recipe import LEAST_OPSETS
 from mobilemix.targets.base import Array, Inputs
 from mobilemix.targets.onnx.half import halve, to_half
 from mobilemix.targets.onnx.rewrites.constants import constant
 from mobilemix.targets.onnx.runtime import observe
 
 Kind = Literal["int8", "fp8"]
-
-OPSET = 19
-"""The oldest that has scales in float16 and 8-bit floats."""
 
 _MOVEMENTS = ("Concat", "Expand", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 _NORMS = ("InstanceNormalization", "LayerNormalization", "GroupNormalization")
@@ -81,10 +79,11 @@ def quantize(source: Path, destination: Path, samples: Sequence[Inputs], kind: K
         InputError: the opset is older, or there is nothing to quantise.
     """
     model = ir.load(source)
-    if model.opset_imports[""] < OPSET:
+    least = LEAST_OPSETS[kind]
+    if model.opset_imports[""] < least:
         raise InputError(
-            f"{kind} with float16 scales needs opset {OPSET}, {source.name} has {model.opset_imports['']}; "
-            f"export with --opset {OPSET} or newer"
+            f"{kind} with float16 scales needs opset {least}, {source.name} has {model.opset_imports['']}; "
+            f"export with --opset {least} or newer"
         )
     names = {str(activation.name) for _, activation, _, _ in products(model.graph)}
     if not names:

@@ -1,6 +1,7 @@
 """ONNX files executed by ONNX Runtime on the CPU."""
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def read_model(path: Path) -> onnx.ModelProto:
     if not model.ir_version or not model.graph.output:
         raise InputError(f"{path} is not an ONNX model, or it is cut short")
     return model
+
+
+def histogram(path: Path) -> dict[str, int]:
+    """Occurrences by operator type in a file's graph, in alphabetical order; raises as `read_model`."""
+    return dict(sorted(Counter(node.op_type for node in read_model(path).graph.node).items()))
 
 
 class OnnxRunner:

@@ -2,15 +2,15 @@
 
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mobilemix.errors import MobilemixError
-from mobilemix.parity import TIERS, relative_l2
+from mobilemix.parity import TIERS
 from mobilemix.recipe import Recipe
-from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
+from mobilemix.targets.base import Check, Inputs, Lowered, Runner
 from mobilemix.targets.onnx import checks as onnx_checks
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 from mobilemix.targets.tensorrt import bindings, builder, convert, trtexec
@@ -82,7 +82,7 @@ def ran(path: Path, engine: Path, recipe: Recipe, samples: Sequence[Inputs], fla
     try:
         ours, reference = runner(engine, recipe, flavour), OnnxRunner(path, optimised=False)
         sized = [each for sample in samples for each in _sized(path, recipe, sample)]
-        errors = [error for sample in sized for error in _errors(ours.run(sample), reference.run(sample))]
+        errors = [error for sample in sized for error in onnx_checks.errors_of(ours.run(sample), reference.run(sample))]
         latency = f" · {_latency(ours, sized[-1])}" if isinstance(ours, EngineRunner) else ""
     except MobilemixError as error:
         return [built, Check("engine parity", False, str(error))]
@@ -111,7 +111,3 @@ def _sized(path: Path, recipe: Recipe, sample: Inputs) -> Iterator[Inputs]:
 def _latency(engine: EngineRunner, sample: Inputs) -> str:
     batch = next(iter(sample.values())).shape[0]
     return f"{statistics.median(engine.latencies(sample, RUNS)):.2f} ms at batch {batch}"
-
-
-def _errors(values: Mapping[str, Array], expected: Mapping[str, Array]) -> list[float]:
-    return [relative_l2(values[name], reference) for name, reference in expected.items()]

@@ -2,11 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 
 import onnx_ir as ir
-
-from mobilemix.targets.onnx.runtime import read_model
 
 NAMES = {
     ir.DataType.FLOAT: "fp32",
@@ -37,17 +34,8 @@ class Layer:
     module: str
 
 
-def report(path: Path) -> tuple[Layer, ...]:
-    """Every node of a file's graph that computes or moves floating-point numbers, in order.
-
-    Raises:
-        InputError: it is no ONNX model.
-    """
-    return layers(ir.from_proto(read_model(path)).graph)
-
-
 def layers(nodes: Iterable[ir.Node]) -> tuple[Layer, ...]:
-    """The same of nodes in memory."""
+    """Every node of a graph that computes or moves floating-point numbers, in order."""
     found = ((node, of(node)) for node in nodes)
     return tuple(
         Layer(str(node.name), node.op_type, precision, str(node.name).rpartition("/")[0])

@@ -4,7 +4,6 @@
 checked. `tensorrt-rtx` builds ahead of time, with no GPU, for every RTX GPU since Ampere.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +12,7 @@ from typing import Any
 from mobilemix.passes import lower_scans
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Inputs, Lowered, Runner
-from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
+from mobilemix.targets.onnx.runtime import OnnxRunner, histogram
 from mobilemix.targets.tensorrt import checks, convert
 from mobilemix.targets.tensorrt.bindings import Flavour
 
@@ -46,7 +45,7 @@ class TensorRTTarget:
 
     def op_histogram(self, path: Path) -> dict[str, int]:
         """Occurrences by operator type."""
-        return dict(sorted(Counter(node.op_type for node in read_model(path).graph.node).items()))
+        return histogram(path)
 
 
 class TensorRTForRTXTarget(TensorRTTarget):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_cases
+import onnx_ir as ir
 import pytest
 import torch
 from tensorrt_graphs import needs_rtx
@@ -16,7 +17,7 @@ from mobilemix.targets.base import Lowered
 from mobilemix.targets.onnx.half import WIDE_OPERATORS
 from mobilemix.targets.tensorrt import checks, convert
 from mobilemix.targets.tensorrt.builder import parse
-from mobilemix.targets.tensorrt.precision import report
+from mobilemix.targets.tensorrt.precision import layers as layers_of
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 PRODUCTS = ("Conv", "Gemm")
@@ -49,7 +50,7 @@ def recipe(precision: str) -> Recipe:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_have_the_precision_and_sums_are_wide(written: Callable[[str], Path], precision: str) -> None:
-    layers = report(written(precision))
+    layers = layers_of(ir.load(written(precision)).graph)
     assert {layer.precision for layer in layers if layer.operator in PRODUCTS} == {precision}
     assert {layer.precision for layer in layers if layer.operator in WIDE_OPERATORS} == {"fp32"}
     around = {"int8": "fp16", "fp8": "fp16"}.get(precision, precision)
@@ -59,13 +60,13 @@ def test_products_have_the_precision_and_sums_are_wide(written: Callable[[str], 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_layers_have_modules(written: Callable[[str], Path], precision: str) -> None:
-    modules = {layer.module for layer in report(written(precision)) if layer.operator in PRODUCTS}
+    modules = {layer.module for layer in layers_of(ir.load(written(precision)).graph) if layer.operator in PRODUCTS}
     assert {"head", "squeeze.1"} <= modules
 
 
 def test_an_inspection_has_the_same(written: Callable[[str], Path]) -> None:
     found = inspect_artifact(written("int8"))
-    assert found.layers == report(written("int8"))
+    assert found.layers == layers_of(ir.load(written("int8")).graph)
     counts = Counter(layer.precision for layer in found.layers)
     assert {name: part.layers for name, part in found.precisions.items()} == counts
     assert sum(part.multiply_adds for part in found.precisions.values()) == found.cost.multiply_adds
