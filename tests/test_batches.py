@@ -170,7 +170,7 @@ REFUSED = {
     "an output without samples": (lambda m, x: (x, m.linear.weight * 2), "output 1 has the shape (8, 8)"),
     "a loop over samples": (
         lambda m, x: torch.stack([m.linear(one) for one in x]),
-        "differs from that for 5 by more than the size",
+        "differs from that for 8 by more than the size",
     ),
 }
 
