@@ -1,10 +1,11 @@
-"""Trains an AFFNet-ET classifier from scratch on a folder of images, on a laptop's CPU or on a GPU.
+"""Trains one of the shipped models from scratch on a folder of images, on a laptop's CPU or on a GPU.
 
-The folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``. The checkpoint that mobilemix ships was made with
+The folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``. The checkpoint that mobilemix ships, an AFFNet-ET, was
+made with
 
     python examples/train_flowers.py --data flowers --minutes 106 --out run
 
-but for its first 15 epochs, whose settings differed; mobilemix/assets/README.md tells how.
+but for its first 15 epochs, whose settings differed, and for sizes in steps of 16; mobilemix/assets/README.md tells how.
 
 A training that has a time budget spends it whole: progress, and with it the learning rate and the image size, follows
 the clock, so that a busy machine gets fewer epochs and still a complete schedule. ``--epochs`` counts epochs instead,
@@ -35,7 +36,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mobilemix.models import affnet
+from mobilemix.models import registry
 from mobilemix.preprocess import Preprocess
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,7 +44,7 @@ CROP_PCT = 0.95  # share of the resized image's side that evaluation keeps
 CACHE_SIDE = 224  # pixels; short side of the decoded training images
 
 GROWTH = ((0.0, 0.6), (0.45, 0.8), (0.8, 1.0))  # from this progress on, this share of the final size
-SIZE_STEP = 16  # half the network's stride
+SIZE_STEP = 32  # the networks' stride
 MIXING_ENDS = 0.8  # progress; the last epochs see single images, as evaluation does
 WARM_UP = 0.03  # of the schedule
 CROP_AREA, CROP_ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -211,7 +212,7 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * (self.progress - WARM_UP) / (1 - WARM_UP)))
 
     def size(self, final: int) -> int:
-        """Image size now, in pixels: a multiple of half the network's stride, `final` in the end."""
+        """Image size now, in pixels: a multiple of the networks' stride, `final` in the end."""
         share = next(share for start, share in reversed(GROWTH) if self.progress >= start)
         return max(SIZE_STEP, round(share * final / SIZE_STEP) * SIZE_STEP) if share < 1 else final
 
@@ -228,9 +229,9 @@ def batches(
 
 
 @torch.no_grad()
-def predict(state: Mapping[str, Tensor], split: Split, size: int, device: torch.device) -> Tensor:
-    """Float32 logits (N, classes) of every image of `split`, by an AFFNet-ET with the weights `state`."""
-    model = affnet.build("affnet_et", num_classes=len(split.classes)).to(device).eval()
+def predict(name: str, state: Mapping[str, Tensor], split: Split, size: int, device: torch.device) -> Tensor:
+    """Float32 logits (N, classes) of every image of `split`, by the model called `name` with the weights `state`."""
+    model = registry.create_model(name, num_classes=len(split.classes)).to(device).eval()
     model.load_state_dict(state)
     preprocess = Preprocess(size, size, MEAN, STD, CROP_PCT)
     views = torch.from_numpy(np.concatenate([preprocess(path) for path in split.files]))
@@ -252,7 +253,7 @@ class Trainer:
         self.classes, self.schedule, self.peak_rate = classes, schedule, options.lr
         self.rng = random.Random(options.seed)  # noqa: S311
         self.epoch = 0
-        self.model = affnet.build("affnet_et", num_classes=classes).to(device)
+        self.model = registry.create_model(options.model, num_classes=classes).to(device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Average(self.model)
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
@@ -266,8 +267,10 @@ class Trainer:
         if self.schedule.progress < MIXING_ENDS:
             images, target = mix(images, target)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type in BF16_DEVICES):
-            logits = self.model(normalise(images))
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=LABEL_SMOOTHING)
+            answer = self.model(normalise(images))
+        heads = answer if isinstance(answer, tuple) else (answer,)  # a second one is for distillation
+        losses = [F.cross_entropy(logits.float(), target, label_smoothing=LABEL_SMOOTHING) for logits in heads]
+        loss = torch.stack(losses).mean()
         self.adamw.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
@@ -349,7 +352,7 @@ def train(options: argparse.Namespace, console: Console) -> None:
                 "seconds": round(time.monotonic() - began, 1),
             }
             if trainer.epoch % options.check_every == 0 or schedule.progress >= 1:
-                logits = predict(trainer.average.state, validation, options.size, device)
+                logits = predict(options.model, trainer.average.state, validation, options.size, device)
                 record["val_top1"] = round(top1(logits, validation.labels), 4)
                 trainer.save(checkpoint)
             with log.open("a") as file:
@@ -364,12 +367,12 @@ def finish(
 ) -> None:
     """Evaluates the averaged weights and saves them, in float16 where that changes no logit noticeably."""
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    logits, half_logits = (predict(weights, validation, options.eval_size, device) for weights in (state, half))
+    logits, half_logits = (predict(options.model, weights, validation, options.eval_size, device) for weights in (state, half))
     change = ((half_logits - logits).abs().max() / logits.abs().max()).item()
     saved, kept = (half, half_logits) if change < HALF_TOLERANCE else (state, logits)
     accuracy = top1(kept, validation.labels)
     metadata = {
-        "model": "affnet_et",
+        "model": options.model,
         "classes": ",".join(validation.classes),
         "input_size": str(options.eval_size),
         "mean": ",".join(map(str, MEAN)),
@@ -387,9 +390,10 @@ def finish(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train AFFNet-ET from scratch on a folder of images.")
+    parser = argparse.ArgumentParser(description="Train a model from scratch on a folder of images.")
     parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/* and val/CLASS/*")
     parser.add_argument("--out", type=Path, default=Path("run"), help="where checkpoint, log and weights go")
+    parser.add_argument("--model", default="affnet_et", choices=registry.list_models(), help="a name of the registry")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--epochs", type=int, help="budget in passes over the training images")
     budget.add_argument("--minutes", type=float, help="budget in minutes of training; the schedule follows the clock")
