@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mobilemix import __version__, assets, batches, files
-from mobilemix.calibration import CALIBRATED
 from mobilemix.capture import capture
 from mobilemix.errors import BatchError, CaptureError, InputError, UnknownNameError
 from mobilemix.labels import read_labels
@@ -26,7 +25,7 @@ from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, ve
 from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import SHARED, lower
-from mobilemix.recipe import DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of
+from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of
 from mobilemix.shims import TRITON, shim
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import AUTOMATIC, Source, load_source

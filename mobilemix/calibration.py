@@ -8,9 +8,6 @@ from mobilemix.preprocess import Preprocess
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 
-CALIBRATED = ("int8", "fp8")
-"""Precisions that need it."""
-
 DIMMED = 0.7
 """Contrast of the faint copy of each photograph, of values after normalisation."""
 

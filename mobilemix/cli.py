@@ -22,6 +22,7 @@ import typer
 
 from mobilemix import __version__
 from mobilemix.errors import InputError, MobilemixError, UnknownNameError
+from mobilemix.quantization.options import EQUALIZATIONS, FORMATS, OBSERVERS, ROUNDINGS, Quantization
 from mobilemix.recipe import (
     DEFAULT_MODEL,
     HARDWARE,
@@ -61,6 +62,34 @@ Inputs = Annotated[
 Shims = Annotated[
     list[str] | None,
     typer.Option(help=f"Stand in for packages that need CUDA, while the model loads and runs: {', '.join(SHIMS)}."),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="What 8-bit ranges are calibrated on: a folder of images, a .npy or .npz; builtin if left out."),
+]
+Samples = Annotated[int | None, typer.Option(help="At most so many of them; 128 if left out.")]
+Seed = Annotated[int | None, typer.Option(help="Of the choice among more; 0 if left out.")]
+ObserverName = Annotated[
+    str | None, typer.Option("--observer", help=f"Which range 8 bits span: {', '.join(OBSERVERS)}.")
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help=f"Activations and weights of ONNX int8: {', '.join(FORMATS)}; u8s8 if left out."),
+]
+Equalization = Annotated[
+    str | None, typer.Option(help=f"Scale channels to like ranges first: {', '.join(EQUALIZATIONS)}.")
+]
+BiasCorrection = Annotated[
+    bool | None, typer.Option("--bias-correction", help="Let biases make up for the mean error of the weights.")
+]
+Rounding = Annotated[str | None, typer.Option(help=f"Of weights: {', '.join(ROUNDINGS)}.")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="PATTERN=PRECISION",
+        help="Another precision for layers whose name or module fits: 'stem*=float'; repeat it, the last counts.",
+    ),
 ]
 RecipeFile = Annotated[Path | None, typer.Option(help="TOML file with any of these; options override it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
@@ -121,6 +150,15 @@ def export(
     version_compatible: Annotated[
         bool | None, typer.Option("--version-compatible", help="Let newer TensorRT 10 (or 11 …) run the engine.")
     ] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seed: Seed = None,
+    observer: ObserverName = None,
+    format_: Format = None,
+    equalization: Equalization = None,
+    bias_correction: BiasCorrection = None,
+    rounding: Rounding = None,
+    layer: Layers = None,
     recipe: RecipeFile = None,
     json: Json = False,
     debug: Debug = False,  # noqa: ARG001 -- `main` reads it: it must hold for errors in parsing too
@@ -143,6 +181,18 @@ def export(
         "timing_cache": timing_cache,
         "hardware_compatibility": hardware_compatibility,
         "version_compatible": version_compatible,
+        "quantization": _quantization(
+            base.quantization,
+            data=calibration,
+            samples=samples,
+            seed=seed,
+            observer=observer,
+            format=format_,
+            equalization=equalization,
+            bias_correction=bias_correction,
+            rounding=rounding,
+            layers=_layers(layer),
+        ),
         **_inputs(input_ or []),
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -360,6 +410,21 @@ def _fitting(given: dict[str, Any], target: str, targets: list[str]) -> dict[str
     """The options for one of several targets, without those that only others of them have."""
     meant = {name: {*TARGETS_OF.get(name, targets)}.intersection(targets) for name in given}
     return {name: value for name, value in given.items() if target in meant[name] or not meant[name]}
+
+
+def _quantization(base: Quantization, **options: Any) -> Quantization:
+    """How to quantise, with the options that were given; of layers, these have the last word."""
+    given = {name: value for name, value in options.items() if value is not None}
+    layers = (*base.layers, *given.pop("layers", ()))
+    return dataclasses.replace(base, **given, layers=layers)
+
+
+def _layers(values: list[str] | None) -> tuple[tuple[str, str], ...] | None:
+    """Read `--layer` values, PATTERN=PRECISION."""
+    pairs = [value.rpartition("=") for value in values or []]
+    if wrong := [value for value, (pattern, _, _) in zip(values or [], pairs, strict=True) if not pattern]:
+        raise InputError(f"--layer {wrong[0]} is not PATTERN=PRECISION, such as 'stem*=float'")
+    return tuple((pattern, precision) for pattern, _, precision in pairs) or None
 
 
 def _inputs(values: list[str]) -> dict[str, Any]:

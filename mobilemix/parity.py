@@ -49,6 +49,14 @@ TIERS: Mapping[str, Tolerance] = {
     # for untrained weights. Too loose to find a fault, as fp16's: the float32 build is proven to be right, and the
     # weights to be its own to half a step. What the file is worth says its accuracy on pictures of the user's.
     "int8": Tolerance(relative_l2=3e-1, cosine=1 - 5e-2),
+    # Ranges of each sample's own, no worse than those of photographs.
+    "int8-dynamic": Tolerance(relative_l2=3e-1, cosine=1 - 5e-2),
+    # Weights alone in fewer numbers, on photographs; the file's weights are proven to be the nearest of them.
+    "w8": Tolerance(relative_l2=1e-1, cosine=1 - 1e-2),
+    "palette8": Tolerance(relative_l2=1e-1, cosine=1 - 1e-2),
+    "palette6": Tolerance(relative_l2=5e-1, cosine=1 - 1e-1),
+    "palette4": Tolerance(relative_l2=1.0, cosine=0.5),
+    "w4": Tolerance(relative_l2=1.0, cosine=0.5),
     # Products of numbers with 4 bits of significand, on photographs: 3e-2 to 8e-2, 4e-1 where weights are fresh.
     "fp8": Tolerance(relative_l2=5e-1, cosine=1 - 1e-1),
 }

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mobilemix.errors import InputError, UnknownNameError
+from mobilemix.quantization.options import BUILTIN, FLOAT, Quantization
 from mobilemix.shims import SHIMS
 from mobilemix.targets import TARGETS
 
 DEFAULT_MODEL = "affnet_et_flowers"
-Precision = Literal["fp16", "fp32", "int8", "bf16", "fp8"]
+Precision = Literal[
+    "fp16", "fp32", "int8", "bf16", "fp8", "int8-dynamic", "w8", "w4", "palette8", "palette6", "palette4"
+]
 InputKind = Literal["image", "tensor"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 INPUT_KINDS: tuple[str, ...] = get_args(InputKind)
+CALIBRATED = ("int8", "fp8")
+"""Precisions whose ranges are observed on data."""
 INPUT_DTYPES = ("float32", "complex64", "int64", "int32", "bool")
 MINIMUM_IOS = (15, 16, 17, 18)
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
@@ -30,8 +35,9 @@ TARGETS_OF = {
 }
 """Fields that only some targets have."""
 OPSETS = range(18, 23)
-LEAST_OPSETS = {"int8": 19, "fp8": 19, "bf16": 22}
-"""ONNX opsets that first have scales in float16, 8-bit floats, and convolutions in bfloat16; else any of `OPSETS`."""
+LEAST_OPSETS = {"int8": 19, "fp8": 19, "w4": 21, "bf16": 22}
+"""ONNX opsets that first have scales in float16, 8-bit floats, scales of blocks, and convolutions in bfloat16; else any
+of `OPSETS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Recipe:
         model: a registry name, or `path/to/file.py:factory`, or `package.module:factory`.
         weights: a safetensors or torch checkpoint; None keeps the model's own weights.
         target: a name in `mobilemix.targets.TARGETS`.
-        precision: "fp16", "fp32", "int8", "bf16" or "fp8"; None is the target's default.
+        precision: of `PRECISIONS`, as the target has it; None is the target's default.
         input: "image" (Core ML ImageType with the normalisation folded in) or "tensor"; None is an image where the
             target and the model have one.
         input_shapes: shape of each input, (batch, channels, height, width) for the shipped models; empty is the
@@ -61,6 +67,7 @@ class Recipe:
         timing_cache: file of kernel times, which the engine's builder reads and writes; None is no file.
         hardware_compatibility: other GPUs that must run the engine, of `HARDWARE`; None is the one that built it.
         version_compatible: whether newer TensorRT of the same major version must run the engine.
+        quantization: how, for a precision that quantises.
     """
 
     model: str = DEFAULT_MODEL
@@ -83,6 +90,7 @@ class Recipe:
     timing_cache: Path | None = None
     hardware_compatibility: str | None = None
     version_compatible: bool = False
+    quantization: Quantization = dataclasses.field(default_factory=Quantization)
 
     def __post_init__(self) -> None:
         """Refuse values that no recipe can have.
@@ -128,6 +136,9 @@ class Recipe:
         for name, targets in TARGETS_OF.items():
             if getattr(self, name) and self.target not in targets:
                 raise InputError(f"the target {self.target} has no {name}; only {' and '.join(targets)} can have it")
+        for _, precision in self.quantization.layers:
+            if precision != FLOAT and precision not in PRECISIONS:
+                raise UnknownNameError("precision of layers", precision, (FLOAT, *PRECISIONS))
         if self.hardware_compatibility is not None and self.hardware_compatibility not in HARDWARE:
             raise UnknownNameError("hardware compatibility", self.hardware_compatibility, HARDWARE)
 
@@ -218,6 +229,42 @@ def _shapes(value: Any, base: Path) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(_integer(size, base) for size in shape) for shape in shapes)
 
 
+def _quantization(value: Any, base: Path) -> Quantization:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    fields: dict[str, Any] = {}
+    for key, item in value.items():
+        if key not in _QUANTIZATION_READERS:
+            raise UnknownNameError("key of the recipe's [quantization]", key, _QUANTIZATION_READERS)
+        try:
+            fields[key] = _QUANTIZATION_READERS[key](item, base)
+        except (TypeError, ValueError):
+            raise InputError(f"the recipe's 'quantization.{key}' cannot be {item!r}") from None
+    return Quantization(**fields)
+
+
+def _data(value: Any, base: Path) -> str:
+    return value if value == BUILTIN else str(_path(value, base))
+
+
+def _layers(value: Any, base: Path) -> tuple[tuple[str, str], ...]:
+    """Accept a table, pattern = precision, in its order; or a list of pairs, as JSON gives them."""
+    pairs = value.items() if isinstance(value, Mapping) else [(key, item) for key, item in value]
+    return tuple((_text(pattern, base), _text(precision, base)) for pattern, precision in pairs)
+
+
+_QUANTIZATION_READERS: dict[str, Callable[[Any, Path], Any]] = {
+    "data": _data,
+    "samples": lambda value, base: None if value is None else _integer(value, base),
+    "seed": _integer,
+    "observer": lambda value, base: None if value is None else _text(value, base),
+    "format": _text,
+    "equalization": _text,
+    "bias_correction": _boolean,
+    "rounding": _text,
+    "layers": _layers,
+}
+
 _READERS: dict[str, Callable[[Any, Path], Any]] = {
     "model": _text,
     "weights": _path,
@@ -239,4 +286,5 @@ _READERS: dict[str, Callable[[Any, Path], Any]] = {
     "timing_cache": _path,
     "hardware_compatibility": _text,
     "version_compatible": _boolean,
+    "quantization": _quantization,
 }

@@ -10,10 +10,9 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from mobilemix.calibration import CALIBRATED
 from mobilemix.errors import TargetError
 from mobilemix.parity import TIERS, relative_l2
-from mobilemix.recipe import Recipe, opset_of
+from mobilemix.recipe import CALIBRATED, Recipe, opset_of
 from mobilemix.targets.base import LARGEST_HALF, Array, Check, Inputs, Lowered
 from mobilemix.targets.onnx.convert import check, write
 from mobilemix.targets.onnx.half import SUFFIXES, to_half

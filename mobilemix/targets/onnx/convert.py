@@ -15,10 +15,10 @@ import onnxsim
 from onnx_ir.passes import common
 
 import mobilemix
-from mobilemix.calibration import CALIBRATED, calibration
+from mobilemix.calibration import calibration
 from mobilemix.errors import InputError, TargetError, first_line
 from mobilemix.parity import noise, relative_l2
-from mobilemix.recipe import Recipe, opset_of
+from mobilemix.recipe import CALIBRATED, Recipe, opset_of
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 from mobilemix.targets.onnx.batch import generalise, places_of
