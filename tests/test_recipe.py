@@ -1,9 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 
 from mobilemix.errors import InputError, MobilemixError, UnknownNameError
-from mobilemix.recipe import Recipe, load_recipe
+from mobilemix.manifest import dumps
+from mobilemix.quantization.options import Quantization
+from mobilemix.recipe import Recipe, load_recipe, recipe_from
 
 RECIPES = sorted((Path(__file__).parents[1] / "export").glob("*.toml"))
 
@@ -48,6 +51,62 @@ def test_every_key_is_read_and_paths_are_relative_to_the_file(tmp_path):
         tolerance=1e-4,
         max_size_mb=12.0,
     )
+
+
+def test_the_table_of_quantisation(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        precision = "int8"
+        [quantization]
+        data = "pictures"
+        samples = 64
+        seed = 3
+        observer = "entropy"
+        format = "s8s8"
+        equalization = "smooth"
+        bias_correction = true
+        rounding = "adaround"
+        [quantization.layers]
+        "stem*" = "float"
+        head = "float"
+        """,
+    )
+    recipe = load_recipe(path)
+    assert recipe.quantization == Quantization(
+        data=str(tmp_path / "pictures"),
+        samples=64,
+        seed=3,
+        observer="entropy",
+        format="s8s8",
+        equalization="smooth",
+        bias_correction=True,
+        rounding="adaround",
+        layers=(("stem*", "float"), ("head", "float")),
+    )
+    table = json.loads(dumps(recipe))
+    assert recipe_from({key: value for key, value in table.items() if value is not None}, base=Path()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quantization = 3", "'quantization' cannot be 3"),
+        ("[quantization]\nobservr = 'mse'", "observer"),
+        ("[quantization]\nsamples = '9'", "'quantization.samples' cannot be '9'"),
+        ("[quantization]\nsamples = 0", "at least 1"),
+        ("[quantization]\nlayers = ['a']", "'quantization.layers' cannot be"),
+        ("[quantization.layers]\nstem = 'flaot'", "float"),
+    ],
+)
+def test_a_table_of_quantisation_that_cannot_be(tmp_path, text, message):
+    with pytest.raises(MobilemixError, match=message):
+        load_recipe(write(tmp_path, text))
+
+
+def test_the_shipped_photographs_are_no_path(tmp_path):
+    recipe = load_recipe(write(tmp_path, '[quantization]\ndata = "builtin"'))
+    assert recipe.quantization == Quantization()
 
 
 def test_options_of_the_builder_of_an_engine(tmp_path):
