@@ -225,7 +225,7 @@ def _texts(value: Any, base: Path) -> tuple[str, ...]:
 
 def _shapes(value: Any, base: Path) -> tuple[tuple[int, ...], ...]:
     """Accept one shape ([1, 3, 224, 224]) or a list of them."""
-    shapes = [value] if value and not isinstance(value[0], list | tuple) else value
+    shapes = value if value and isinstance(value[0], list | tuple) else [value]
     return tuple(tuple(_integer(size, base) for size in shape) for shape in shapes)
 
 

@@ -58,6 +58,7 @@ def test_the_table_of_quantisation(tmp_path):
         tmp_path,
         """
         precision = "int8"
+        input_shapes = [1, 3, 64, 64]
         [quantization]
         data = "pictures"
         samples = 64
