@@ -1,18 +1,24 @@
-"""What each layer's quantisation costs: the noise in its own output, and the drift of the model's, all others in float."""
+"""What quantising one layer costs, all others in float: the noise in its own output, and the drift of the model's."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mobilemix.parity import cosine
-from mobilemix.targets.base import Array, Inputs, Runner
+from mobilemix.targets.base import Array, Inputs
 from mobilemix.threads import spread
 
 EXACT = 200.0
 """Largest SQNR that is stated, in dB: beyond what float32 can tell apart."""
+
+WATCHED = 8
+"""Samples of which the layers' own outputs are kept, all layers' at once; the model's outputs are compared on all."""
+
+Run = Callable[[Inputs], Mapping[str, Array]]
+"""A model: its outputs, in their order, and values that were asked for, by name, float32. Threads may share it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +48,10 @@ class Quantizable(Protocol):
     layers: Sequence[Layer]
     """Those that the recipe quantises, in the order of the graph."""
 
-    def reference(self, watched: Sequence[str] = ()) -> Runner:
-        """The float32 graph, whose `run` also returns the values named in `watched`."""
+    def reference(self, watched: Sequence[str] = ()) -> Run:
+        """The float32 graph, which also returns the values with these names."""
 
-    def runner(self, float_layers: Collection[str], watched: Sequence[str] = ()) -> Runner:
+    def runner(self, float_layers: Collection[str], watched: Sequence[str] = ()) -> Run:
         """The graph with all layers quantised but those with these names; `watched` as of `reference`."""
 
 
@@ -70,7 +76,7 @@ class Sensitivity:
 
     Attributes:
         layer: which.
-        sqnr: power of its output over the power of the error in it, in dB, at most `EXACT`.
+        sqnr: power of its output over the power of the error in it, in dB, at most `EXACT`; of `WATCHED` samples.
         drift: of the model's outputs.
     """
 
@@ -90,22 +96,23 @@ def sensitivities(
         progress: told which layer of how many is measured.
     """
     names = [layer.name for layer in subject.layers]
-    # All at once: a session for each layer's float output would cost more than the numbers take space.
-    answers = spread(subject.reference([layer.output for layer in subject.layers]).run, samples)
-    values = {layer.output: [answer[layer.output] for answer in answers] for layer in subject.layers}
-    outputs = [name for name in answers[0] if name not in values]
-    expected = [[answer[name] for name in outputs] for answer in answers]
+    watched = [layer.output for layer in subject.layers]
+    few = range(0, len(samples), -(-len(samples) // WATCHED))
+    seen = spread(subject.reference(watched), [samples[index] for index in few])
+    answers = spread(subject.reference(), samples)
+    expected = [list(answer.values()) for answer in answers]
     count = itertools.count(1)
 
     def measure(layer: Layer) -> Sensitivity:
         progress(f"sensitivity {next(count)}/{len(names)} · {layer.name}")
-        runner = subject.runner([name for name in names if name != layer.name], [layer.output])
-        found = [runner.run(sample) for sample in samples]
-        return Sensitivity(
-            layer,
-            sqnr([answer[layer.output] for answer in found], values[layer.output]),
-            distance([[answer[name] for name in outputs] for answer in found], expected),
-        )
+        run = subject.runner([name for name in names if name != layer.name], [layer.output])
+        outputs, values = [], []
+        for index, sample in enumerate(samples):
+            found = run(sample)
+            outputs.append([found[name] for name in answers[index]])
+            if index in few:
+                values.append(found[layer.output])
+        return Sensitivity(layer, sqnr(values, [each[layer.output] for each in seen]), distance(outputs, expected))
 
     return spread(measure, subject.layers)
 
