@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mobilemix import __version__, assets, batches, files
+from mobilemix import __version__, assets, batches, files, progress
 from mobilemix.capture import capture
 from mobilemix.errors import BatchError, CaptureError, InputError, UnknownNameError
 from mobilemix.labels import read_labels
@@ -25,6 +25,7 @@ from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, ve
 from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import SHARED, lower
+from mobilemix.preprocess import Preprocess
 from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of
 from mobilemix.shims import TRITON, shim
 from mobilemix.signature import inputs_of, outputs_of
@@ -234,6 +235,7 @@ def _lowered(
         output_names=output_names,
         mean=preprocess.mean if preprocess else None,
         std=preprocess.std if preprocess else None,
+        crop_pct=preprocess.crop_pct if preprocess else Preprocess.crop_pct,
         labels=_labels(labels, source, shapes[0]),
         metadata={**source.metadata, "version": __version__},
         complex_names=frozenset(name for name, dtype in source_dtypes if dtype.startswith("complex")),
@@ -516,7 +518,7 @@ class _Stages:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self.listener(name)
         start = time.perf_counter()
-        yield
+        with progress.stage(name, self.listener):
+            yield
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)

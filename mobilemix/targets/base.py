@@ -9,6 +9,7 @@ import numpy as np
 from torch.export import ExportedProgram
 
 from mobilemix.passes import Pass
+from mobilemix.preprocess import Preprocess
 from mobilemix.recipe import Recipe
 
 Array = np.ndarray
@@ -30,11 +31,13 @@ class Lowered:
         complex_names: inputs and outputs that are complex in the source; here their last axis is [re, im], float32.
         mean, std: per-channel normalisation x = (pixel / 255 − mean) / std that an image input must apply;
             None for a model that takes no image.
+        crop_pct: share of a resized image that the centre crop to the input keeps (`mobilemix.preprocess`).
         labels: class names of the first output's last axis, or None.
         metadata: what to write into the artifact (author, license, description, paper …).
         dynamic_batch: smallest, most frequent and largest batch, if the artifact leaves it open; the program is for
             the first of a pair of `mobilemix.batches.PAIRS` then.
         larger: the same program for the second of the pair.
+        calibration: samples that its user gave in Python to calibrate on, of batch 1; empty where none were given.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Lowered:
     complex_names: frozenset[str] = frozenset()
     dynamic_batch: tuple[int, int, int] | None = None
     larger: ExportedProgram | None = None
+    crop_pct: float = Preprocess.crop_pct
+    calibration: Sequence[Inputs] = ()
 
 
 class Runner(Protocol):

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from mobilemix.calibration import calibration
 from mobilemix.errors import TargetError, UnsupportedOpError, first_line
 from mobilemix.passes.base import source
+from mobilemix.quantization.data import calibration
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.litert import flatbuffer, metadata
@@ -29,7 +29,7 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         InputError: int8 for a model that there is nothing to calibrate on.
     """
     # First: what cannot be calibrated should not cost a conversion.
-    samples = calibration(lowered) if recipe.precision == "int8" else []
+    samples = calibration(lowered, recipe.quantization) if recipe.precision == "int8" else []
     content = float_build(lowered.program, lowered.input_names, lowered.output_names)
     if samples:
         content = to_int8(content, samples)

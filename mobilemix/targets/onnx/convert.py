@@ -15,9 +15,9 @@ import onnxsim
 from onnx_ir.passes import common
 
 import mobilemix
-from mobilemix.calibration import calibration
 from mobilemix.errors import InputError, TargetError, first_line
 from mobilemix.parity import noise, relative_l2
+from mobilemix.quantization.data import calibration
 from mobilemix.recipe import CALIBRATED, Recipe, opset_of
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
@@ -77,7 +77,7 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
 
 def _write_quantised(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[Step]) -> None:
     """The float32 file of the same opset, with products in 8 bits."""
-    samples = calibration(lowered)
+    samples = calibration(lowered, recipe.quantization)
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         full, final = (Path(folder, stage, destination.name) for stage in ("full", "final"))
         for path in (full, final):
