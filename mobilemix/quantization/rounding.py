@@ -67,7 +67,12 @@ def bias_correction(weight: Array, simulated: Array, moments: Moments) -> Array:
 
 
 def _one_by_one(rows: tuple[Array, ...], second: Array) -> Array:
-    """Round (exact, lower, upper, scale), each (G, rows, K), in descending order of mean square input, each time moving what is left to make up for it."""
+    """Round one weight of each row after another, each time moving the others to make up for it.
+
+    Args:
+        rows: exact numbers, the integers below and above, and scales, each (G, rows, K).
+        second: (G, K, K).
+    """
     size = second.shape[1]
     power = np.einsum("gkk->gk", second)
     order = np.argsort(-power, axis=1, kind="stable")
@@ -88,7 +93,7 @@ def _one_by_one(rows: tuple[Array, ...], second: Array) -> Array:
 
 
 def _descended(chosen: Array, rows: tuple[Array, ...], second: Array) -> Array:
-    """Change the one integer of each row (G, rows, K) that takes most of its error away, again until none does."""
+    """Change the one integer of each row that takes most of its error away, again until none does."""
     exact, lower, upper, scale = rows
     chosen = chosen.copy()
     change = (chosen - exact) * scale
