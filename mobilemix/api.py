@@ -26,6 +26,8 @@ from mobilemix.models.checkpoint import fingerprint
 from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure, noise, reference
 from mobilemix.passes import SHARED, lower
 from mobilemix.preprocess import Preprocess
+from mobilemix.quantization.cache import digest
+from mobilemix.quantization.data import GIVEN, SAMPLES, form_of, take
 from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of
 from mobilemix.shims import TRITON, shim
 from mobilemix.signature import inputs_of, outputs_of
@@ -160,6 +162,7 @@ def export(
     model: str | nn.Module = DEFAULT_MODEL,
     *,
     output: Path | str = ".",
+    calibration: Iterable[Any] | None = None,
     listener: Listener = _silent,
     **options: Any,
 ) -> Export:
@@ -168,6 +171,9 @@ def export(
     Args:
         model: a registry name, `path/to/file.py:factory`, `package.module:factory`, or a module.
         output: folder for the artifact and its manifest.
+        calibration: samples that 8-bit ranges are calibrated on, in place of `quantization.data`: arrays, or dicts of
+            arrays by input name, of the forms of `mobilemix.quantization.data.open_dataset`. `quantization.samples` of
+            them are taken, 128 if that is None.
         listener: told the name of each stage as it begins.
         **options: the other fields of `Recipe` (target, precision, input_shapes, input_dtypes, …); `shim` may be one
             name.
@@ -182,8 +188,14 @@ def export(
     if isinstance(options.get("shim"), str):
         options["shim"] = (options["shim"],)
     recipe = Recipe(model=type(model).__name__ if module is not None else str(model), **options)
+    if calibration is not None:
+        recipe = dataclasses.replace(recipe, quantization=dataclasses.replace(recipe.quantization, data=GIVEN))
     require(recipe.target)
-    return deploy(prepare(recipe, module=module, listener=listener), recipe, Path(output), listener=listener)
+    prepared = prepare(recipe, module=module, listener=listener)
+    if calibration is not None:
+        taken = take(calibration, form_of(prepared.lowered), recipe.quantization.samples or SAMPLES)
+        prepared = dataclasses.replace(prepared, lowered=dataclasses.replace(prepared.lowered, calibration=taken))
+    return deploy(prepared, recipe, Path(output), listener=listener)
 
 
 @_uncollected()
@@ -448,6 +460,7 @@ def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
 
 def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe, target: Target) -> dict[str, Any]:
     source, lowered = prepared.source, prepared.lowered
+    given = lowered.calibration  # what the recipe cannot name
 
     trials = prepared.trials
     batched = trials.batched.union(lowered.output_names) if trials else ()
@@ -479,6 +492,7 @@ def _provenance(prepared: Prepared, passes: tuple[str, ...], recipe: Recipe, tar
         "labels": len(lowered.labels) if lowered.labels else 0,
         "target": recipe.target,
         "precision": recipe.precision,
+        **({"calibration": {"samples": len(given), "sha256": digest(given)}} if given else {}),
         "passes": passes,
         "versions": versions(recipe.target),
     }

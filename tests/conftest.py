@@ -43,6 +43,12 @@ def make():
 SHAPE = "1x3x16x16"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Ranges that a version of the code observed, the user's own among them, answer for no other."""
+    os.environ["MOBILEMIX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def network(tmp_path: Path) -> str:
     """`file.py:factory` of the network; it takes images of `SHAPE`."""
