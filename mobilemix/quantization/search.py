@@ -2,8 +2,8 @@
 
 Errors of layers are taken to be independent, so that their energies add up: a layer left in float takes drift² away
 and costs what its quantisation would have saved. In the order of drift² for each unit of that, the fewest are looked
-for by bisection, and then those whose quantisation saves most are given back one by one where the limit still holds.
-Every step is judged by running the mixed model itself.
+for by bisection. Then they are given back in halves, and halves of these, wherever the limit still holds, those first
+whose quantisation saves most. Every step is judged by running the mixed model itself.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from mobilemix.targets.base import Array, Inputs
 from mobilemix.threads import spread
 
 OBJECTIVES = ("latency", "size")
-RETURNED = 24
-"""Layers that are tried to be given back, at most."""
+TRIALS = 24
+"""Choices after which no more are tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +157,15 @@ def search(
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if holds(ranked[:middle]) else (middle, high)
-        kept = [*ranked[:high]]
-        for name in sorted(kept, key=saved.__getitem__, reverse=True)[:RETURNED]:
-            fewer = [each for each in kept if each != name]
-            if fewer and holds(fewer):
-                kept = fewer
+        kept = set(ranked[:high])
+        groups = [sorted(kept, key=saved.__getitem__)]
+        while groups and len(trials) < TRIALS:
+            group = groups.pop()
+            if holds(kept.difference(group)):
+                kept.difference_update(group)
+            elif len(group) > 1:
+                middle = len(group) // 2
+                groups += [group[:middle], group[middle:]]  # those that save most come first
     within = [trial for trial in trials.values() if trial.drop <= max_drop]
     if not within:
         least = min(trial.drop for trial in trials.values())
