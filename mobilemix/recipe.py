@@ -4,8 +4,10 @@ The command line's options and a recipe file (`mobilemix export --recipe FILE`, 
 """
 
 import dataclasses
+import json
+import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -167,6 +169,52 @@ def load_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"cannot read the recipe {path}: {error}") from error
     return recipe_from(table, base=path.parent)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as TOML that `load_recipe` reads as the same one.
+
+    Files that lie below the working directory, as the recipe's does, are named relative to the recipe; others in full.
+    """
+    here, base = Path.cwd(), path.parent.resolve()
+
+    def named(file: Path) -> str:
+        file = file.resolve()
+        near = file.is_relative_to(here) and base.is_relative_to(here)
+        return os.path.relpath(file, base) if near else str(file)
+
+    def plain(value: Any) -> Any:
+        return named(value) if isinstance(value, Path) else value
+
+    how = recipe.quantization
+    table = {field.name: plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+    quantization = {field.name: getattr(how, field.name) for field in dataclasses.fields(how)}
+    if how.data != BUILTIN and Path(how.data).exists():
+        quantization["data"] = named(Path(how.data))
+    layers: dict[str, str] = {}
+    for pattern, precision in how.layers:
+        layers.pop(pattern, None)  # the last of the same pattern counts, in its place
+        layers[pattern] = precision
+    lines = [
+        *_lines({name: value for name, value in table.items() if name != "quantization"}),
+        "\n[quantization]",
+        *_lines({name: value for name, value in quantization.items() if name != "layers"}),
+        *(["\n[quantization.layers]"] if layers else []),
+        *_lines({_toml(pattern): precision for pattern, precision in layers.items()}),
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _lines(table: Mapping[str, Any]) -> Iterator[str]:
+    """One for each value; what TOML has no word for, None, is left out, as is what is empty."""
+    for key, value in table.items():
+        if value is not None and value != ():
+            yield f"{key} = {_toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    """Texts, numbers, booleans and lists are written as in JSON, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def recipe_from(table: Mapping[str, Any], base: Path) -> Recipe:

@@ -6,7 +6,7 @@ import pytest
 from mobilemix.errors import InputError, MobilemixError, UnknownNameError
 from mobilemix.manifest import dumps
 from mobilemix.quantization.options import Quantization
-from mobilemix.recipe import Recipe, load_recipe, recipe_from
+from mobilemix.recipe import Recipe, load_recipe, recipe_from, write_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "export").glob("*.toml"))
 
@@ -187,3 +187,46 @@ def test_every_shipped_recipe_loads(path):
 
 def test_recipes_are_shipped():
     assert RECIPES
+
+
+ODD = 'a "quoted" name\\ with \x7f, é and 😀'
+
+
+def test_a_recipe_that_was_written_is_read_as_the_same(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    recipe = Recipe(
+        model=f"{ODD}.py:make",
+        weights=tmp_path / ODD,
+        target="onnx",
+        precision="int8",
+        input_shapes=((1, 3, 8, 8), (2,)),
+        input_dtypes=("float32", "int64"),
+        mean=(0.5,),
+        std=(1e-7,),
+        dynamic_batch=(1, 2, 4),
+        tolerance=1e-4,
+        quantization=Quantization(
+            data=str(tmp_path / "pictures"), observer="entropy", bias_correction=True, layers=((f"{ODD}/*", "float"),)
+        ),
+    )
+    path = tmp_path / "recipe.toml"
+    write_recipe(recipe, path)
+    assert load_recipe(path) == recipe
+
+
+def test_files_near_a_written_recipe_are_named_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("out", "weights"):
+        (tmp_path / name).mkdir()
+    path = tmp_path / "out" / "recipe.toml"
+    write_recipe(Recipe(weights=Path("weights", "w.pt"), labels=Path("/elsewhere/labels.txt")), path)
+    text = path.read_text()
+    assert 'weights = "../weights/w.pt"' in text
+    assert 'labels = "/elsewhere/labels.txt"' in text
+
+
+def test_of_the_same_pattern_written_twice_the_last_counts(tmp_path):
+    path = tmp_path / "recipe.toml"
+    layers = (("a*", "float"), ("b", "w8"), ("a*", "int8"))
+    write_recipe(Recipe(quantization=Quantization(layers=layers)), path)
+    assert load_recipe(path).quantization.layers == layers[1:]
