@@ -16,8 +16,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mobilemix import ops, passes, shims
-    from mobilemix.api import Export, export, verify
+    from mobilemix.api import Export, evaluate, export, verify
     from mobilemix.errors import MobilemixError
+    from mobilemix.evaluation import Evaluation
     from mobilemix.inspection import inspect_artifact, inspect_model
     from mobilemix.manifest import Manifest, read_manifest
     from mobilemix.models.registry import create_model, list_models
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Agreement",
+    "Evaluation",
     "Export",
     "Manifest",
     "MobilemixError",
@@ -33,6 +35,7 @@ __all__ = [
     "Recipe",
     "Tolerance",
     "create_model",
+    "evaluate",
     "export",
     "inspect_artifact",
     "inspect_model",
@@ -47,6 +50,7 @@ __all__ = [
 
 _HOMES = {
     "Agreement": "mobilemix.parity",
+    "Evaluation": "mobilemix.evaluation",
     "Export": "mobilemix.api",
     "Manifest": "mobilemix.manifest",
     "MobilemixError": "mobilemix.errors",
@@ -54,6 +58,7 @@ _HOMES = {
     "Recipe": "mobilemix.recipe",
     "Tolerance": "mobilemix.parity",
     "create_model": "mobilemix.models.registry",
+    "evaluate": "mobilemix.api",
     "export": "mobilemix.api",
     "inspect_artifact": "mobilemix.inspection",
     "inspect_model": "mobilemix.inspection",

@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import glob
 import itertools
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +21,8 @@ from torch.export import ExportedProgram
 
 from mobilemix import __version__, assets, batches, files, progress
 from mobilemix.capture import capture
-from mobilemix.errors import BatchError, CaptureError, InputError, UnknownNameError
+from mobilemix.errors import BatchError, CaptureError, InputError, MissingDependencyError, UnknownNameError
+from mobilemix.evaluation import Evaluation, form_of_artifact, measure, truth_of
 from mobilemix.labels import read_labels
 from mobilemix.manifest import Manifest, dumps, manifest_path, read_manifest, versions
 from mobilemix.models.checkpoint import fingerprint
@@ -27,8 +30,13 @@ from mobilemix.parity import TIERS, Parity, Reference, compare, first_departure,
 from mobilemix.passes import SHARED, lower
 from mobilemix.preprocess import Preprocess
 from mobilemix.quantization.cache import digest
-from mobilemix.quantization.data import GIVEN, SAMPLES, form_of, take
-from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of
+from mobilemix.quantization.data import GIVEN, SAMPLES, form_of, open_dataset, take
+from mobilemix.quantization.data import calibration as calibration_of
+from mobilemix.quantization.mixed import Mixing, investigate, judged
+from mobilemix.quantization.options import FLOAT
+from mobilemix.quantization.report import Report, page
+from mobilemix.quantization.search import OBJECTIVES, Judge
+from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of, write_recipe
 from mobilemix.shims import TRITON, shim
 from mobilemix.signature import inputs_of, outputs_of
 from mobilemix.source import AUTOMATIC, Source, load_source
@@ -184,6 +192,14 @@ def export(
     Raises:
         MobilemixError: see `mobilemix.errors`; nothing was written, and an older artifact is as it was.
     """
+    recipe, prepared = _asked(model, calibration, options, listener)
+    return deploy(prepared, recipe, Path(output), listener=listener)
+
+
+def _asked(
+    model: str | nn.Module, calibration: Iterable[Any] | None, options: dict[str, Any], listener: Listener
+) -> tuple[Recipe, Prepared]:
+    """The recipe of a call, and its model; see `export`."""
     module = model if isinstance(model, nn.Module) else None
     if isinstance(options.get("shim"), str):
         options["shim"] = (options["shim"],)
@@ -195,7 +211,7 @@ def export(
     if calibration is not None:
         taken = take(calibration, form_of(prepared.lowered), recipe.quantization.samples or SAMPLES)
         prepared = dataclasses.replace(prepared, lowered=dataclasses.replace(prepared.lowered, calibration=taken))
-    return deploy(prepared, recipe, Path(output), listener=listener)
+    return recipe, prepared
 
 
 @_uncollected()
@@ -320,6 +336,96 @@ def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listen
     return Export(destination / artifact.name, manifest, parity)
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A finished export in mixed precision.
+
+    Attributes:
+        export: the artifact, its manifest and verdict.
+        report: what the layers cost and how the choice was found.
+        recipe: TOML file that reproduces the artifact.
+        page: HTML file of the report; None where plotly, which draws it, is not installed.
+    """
+
+    export: Export
+    report: Report
+    recipe: Path
+    page: Path | None
+
+
+def quantize(
+    model: str | nn.Module = DEFAULT_MODEL,
+    *,
+    output: Path | str = ".",
+    calibration: Iterable[Any] | None = None,
+    data: Path | str | None = None,
+    samples: int | None = None,
+    max_drop: float = 0.005,
+    objective: str = "latency",
+    listener: Listener = _silent,
+    **options: Any,
+) -> Quantized:
+    """Export a model with as many layers quantised as a limit on the lost accuracy allows, and write how it was found.
+
+    Beside the artifact and its manifest, named `NAME.TARGET`, are a recipe (.toml) and a page with plots
+    (.quantization.html).
+
+    Args:
+        model, output, calibration, listener: as of `export`.
+        data: what the loss is measured on: top-1 where it has classes (see `mobilemix.evaluate`), else agreement with
+            the float model; None is what the ranges are calibrated on.
+        samples: at most so many of `data`; None is `mobilemix.quantization.mixed.JUDGED`.
+        max_drop: largest loss, from 0 to 1.
+        objective: what is saved, "latency" or "size".
+        **options: the other fields of `Recipe`; the target is "onnx" and the precision "int8" unless given.
+
+    Raises:
+        InputError: no choice of layers keeps within the limit, or the target has no such choice.
+        MobilemixError: as of `export`.
+    """
+    if not 0 <= max_drop < 1:
+        raise InputError(f"max_drop must be at least 0 and below 1, not {max_drop}; 0.005 is half a percent")
+    if objective not in OBJECTIVES:
+        raise UnknownNameError("objective", objective, OBJECTIVES)
+    recipe, prepared = _asked(model, calibration, {"target": "onnx", "precision": "int8", **options}, listener)
+    target = find_target(recipe.target)
+    if not isinstance(target, Mixing):
+        raise InputError(f"the target {target.name} cannot mix precisions; export it with --layer PATTERN=PRECISION")
+    recipe = _resolve(recipe, target, prepared)
+    lowered, _ = _specialise(prepared, target)
+    stages = _Stages(listener)
+    with tempfile.TemporaryDirectory() as folder:
+        with stages("observe"):
+            calibrated = calibration_of(lowered, recipe.quantization)
+            subject = target.quantizable(lowered, recipe, Path(folder))
+            shown, labels = (
+                judged(lowered, Path(data), samples, recipe.quantization.seed) if data else (calibrated, None)
+            )
+            judge = Judge.of(subject.reference(), shown, labels)
+        report = investigate(
+            subject,
+            calibrated,
+            judge,
+            objective=objective,
+            max_drop=max_drop,
+            progress=listener,
+            recipe=recipe,
+            model=prepared.source.name,
+        )
+    layers = tuple((glob.escape(name), FLOAT) for name in report.choice.chosen.kept)
+    how = recipe.quantization
+    how = dataclasses.replace(how, layers=(*how.layers, *layers))
+    made = deploy(prepared, dataclasses.replace(recipe, quantization=how), Path(output), listener=listener)
+    place = made.path.with_name(f"{prepared.source.name}.{target.name}")
+    written, drawn = (place.with_name(f"{place.name}{suffix}") for suffix in (".toml", ".quantization.html"))
+    write_recipe(made.manifest.recipe, written)
+    try:
+        drawn.write_text(page(report), encoding="utf-8")
+    except MissingDependencyError:
+        return Quantized(made, report, written, None)
+    return Quantized(made, report, written, drawn)
+
+
 def verify(
     artifact: Path | str,
     *,
@@ -339,16 +445,7 @@ def verify(
         MobilemixError: no manifest, an artifact that cannot be read, or a source that cannot be loaded.
     """
     artifact = Path(artifact)
-    if not artifact.exists():
-        raise InputError(f"there is no artifact {artifact}")
-    manifest = read_manifest(artifact)
-    recipe = manifest.recipe
-    require(recipe.target)
-    module = model if isinstance(model, nn.Module) else None
-    if isinstance(model, str):
-        recipe = dataclasses.replace(recipe, model=model)
-    if weights is not None:
-        recipe = dataclasses.replace(recipe, weights=weights)
+    manifest, recipe, module = _origin(artifact, model, weights)
     stages = _Stages(listener)
     prepared = prepare(recipe, module=module, listener=listener)
     with stages("verify"):
@@ -370,6 +467,77 @@ def verify(
         for name, digest in manifest.build.get("files", {}).items()
     ]
     return dataclasses.replace(parity, checks=(*parity.checks, unchanged, *beside, same))
+
+
+def evaluate(
+    artifact: Path | str,
+    dataset: Path | str,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    model: str | nn.Module | None = None,
+    weights: Path | None = None,
+    listener: Listener = _silent,
+) -> Evaluation:
+    """Measure an artifact's accuracy on a data set, and how often it agrees with the float model that it was made from.
+
+    Args:
+        artifact: a file or package that `export` wrote, with its manifest beside it.
+        dataset: a folder with a subfolder of images for each class, any other folder of images, or an .npy or .npz
+            file (see `mobilemix.quantization.data.open_dataset`).
+        samples: at most so many, spread over all; None for all.
+        seed: of their choice.
+        model: the float model to compare with; None is the manifest's own.
+        weights: its checkpoint; None is the manifest's own.
+        listener: told the name of each stage as it begins, and how many samples are done.
+
+    Raises:
+        MobilemixError: no manifest, an artifact or a data set that cannot be read, or a source that cannot be loaded.
+    """
+    artifact, data = Path(artifact), Path(dataset)
+    manifest, recipe, module = _origin(artifact, model, weights)
+    if not data.exists():
+        raise InputError(f"there is no data set {data}; give a folder of images, an .npy or an .npz file")
+    if samples is not None and samples < 1:
+        raise InputError(f"samples must be at least 1, not {samples}")
+    stages = _Stages(listener)
+    with stages("load"):
+        runner = find_target(recipe.target).load(artifact)
+        source = load_source(recipe, module)
+        form = form_of_artifact(manifest.provenance, source.preprocess)
+        opened = open_dataset(data, form)
+        shape = next(iter(manifest.provenance["outputs"].values()))["shape"]
+        classes = shape[1] if len(shape) == 2 and shape[0] in (form.size, batches.BATCH) else 0
+        labels = _labels(read_labels(recipe.labels) if recipe.labels else None, source, (form.size, classes))
+        truth = truth_of(opened, data, labels, classes)
+    with stages("evaluate"), shim(*source.shim):
+        return measure(
+            runner,
+            source.module,
+            opened,
+            form,
+            tuple(manifest.provenance["outputs"]),
+            truth=truth,
+            classes=classes,
+            samples=samples,
+            seed=seed,
+        )
+
+
+def _origin(
+    artifact: Path, model: str | nn.Module | None, weights: Path | None
+) -> tuple[Manifest, Recipe, nn.Module | None]:
+    """An artifact's manifest, and the recipe and module of what it is compared with."""
+    if not artifact.exists():
+        raise InputError(f"there is no artifact {artifact}")
+    manifest = read_manifest(artifact)
+    recipe = manifest.recipe
+    require(recipe.target)
+    if isinstance(model, str):
+        recipe = dataclasses.replace(recipe, model=model)
+    if weights is not None:
+        recipe = dataclasses.replace(recipe, weights=weights)
+    return manifest, recipe, model if isinstance(model, nn.Module) else None
 
 
 def _has_digest(path: Path, digest: str) -> bool:

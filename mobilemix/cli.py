@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mobilemix.api import Export, Listener
+    from mobilemix.evaluation import Evaluation, Share
     from mobilemix.parity import Parity
 
 app = typer.Typer(
@@ -246,6 +247,41 @@ def verify(
         _verdict(artifact, parity, "")
     if not parity.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="A .mlpackage, .onnx or .tflite with its manifest beside it.")],
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with a subfolder of images for each class, any folder of images, or a .npy or .npz."
+        ),
+    ],
+    samples: Annotated[int | None, typer.Option(help="At most so many, spread over all; all if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of their choice.")] = 0,
+    model: Annotated[str | None, typer.Option(help="The source to compare with; the manifest's if left out.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Its checkpoint; the manifest's if left out.")] = None,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001 -- as above
+) -> None:
+    """Measure an artifact's accuracy, and its agreement with the float model that it was made from."""
+    _refuse_engine(artifact)
+    from mobilemix import api
+
+    with _progress("Evaluating") as listener:
+        found = api.evaluate(
+            artifact, dataset, samples=samples, seed=seed, model=model, weights=weights, listener=listener
+        )
+    if json:
+        from mobilemix.manifest import dumps
+
+        typer.echo(dumps({"path": artifact, "dataset": dataset, "evaluation": found}))
+        return
+    if found.labelled == "order":
+        typer.echo("note: no class folder is called as a label; they were taken in their order", err=True)
+    for line in _evaluation(artifact, found):
+        _console().print(line, soft_wrap=isinstance(line, str), markup=False)
 
 
 @app.command()
@@ -528,6 +564,38 @@ def _verdict(path: Path, parity: "Parity", facts: str) -> None:
     _console().print(f"{mark} {escape(str(path))}{facts} · {match}", soft_wrap=True)
     if parity.departs:
         _console().print(f"  first departure: {parity.departs}", soft_wrap=True, markup=False)
+
+
+def _evaluation(artifact: Path, found: "Evaluation") -> "Iterator[Table | str]":
+    """A table of the accuracies, how the two models compare, and the closing line: path, samples, agreement, time."""
+    from rich.table import Table
+
+    def stated(share: "Share") -> str:
+        return f"{share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+
+    if found.top1 and found.float_top1:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("", "top-1 (95%)", *(["top-5 (95%)"] if found.top5 else [])):
+            table.add_column(heading)
+        for name, shares in (
+            ("artifact", (found.top1, found.top5)),
+            ("float PyTorch", (found.float_top1, found.float_top5)),
+        ):
+            table.add_row(name, *(stated(share) for share in shares if share))
+        yield table
+    if found.paired:
+        pair = found.paired
+        yield (
+            f"difference {pair.difference * 100:+.1f} points ({pair.low * 100:+.1f} to {pair.high * 100:+.1f}) · right:"
+            f" both {pair.both}, artifact only {pair.artifact_only}, float only {pair.float_only}, neither"
+            f" {pair.neither} · McNemar p {pair.p:.2g}"
+        )
+    agreement = f"same first class {stated(found.agreement)} · " if found.agreement else ""
+    skipped = f", {found.skipped} skipped" if found.skipped else ""
+    yield (
+        f"evaluated {artifact} · {found.samples} samples{skipped} · {agreement}mean cosine {found.cosine:.6f} · "
+        f"{found.seconds * 1000:.1f} ms each"
+    )
 
 
 def _parity_table(parity: "Parity") -> "Table":

@@ -26,16 +26,16 @@ def stage(name: str, listener: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yield what is to be called, from any thread, whenever one of `total` is done; what takes a moment is not told."""
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield what is to be called, from any thread, with how many more of `total` are done; brief work is not told."""
     tell = _stage.get() or (lambda _count: None)
     lock = threading.Lock()
     done, due, told = 0, time.monotonic() + PATIENCE, False
 
-    def step() -> None:
+    def step(count: int) -> None:
         nonlocal done, due, told
         with lock:
-            done += 1
+            done = min(done + count, total)
             if time.monotonic() >= due:
                 tell(f"{what} {done} of {total}")
                 due, told = time.monotonic() + INTERVAL, True

@@ -9,14 +9,13 @@ import itertools
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mobilemix import assets
-from mobilemix.batches import has_batch
 from mobilemix.errors import InputError
 from mobilemix.preprocess import Preprocess
 from mobilemix.progress import counting
@@ -53,12 +52,14 @@ class Form:
         batched: names of those whose first axis is the batch; the others are shared by the samples of a batch.
         size: samples in a batch.
         preprocess: how an image file becomes the only input; None where it is no image.
+        complex_names: of inputs that the source takes complex.
     """
 
     inputs: tuple[Input, ...]
     batched: frozenset[str]
     size: int = 1
     preprocess: Preprocess | None = None
+    complex_names: frozenset[str] = frozenset()
 
     def batches(self, samples: Sequence[Inputs]) -> list[Inputs]:
         """Samples as the model takes them; the last batch is filled up from the first sample on."""
@@ -79,19 +80,32 @@ class Form:
 def form_of(lowered: Lowered) -> Form:
     """What a lowered program takes, one sample at a time where its batch is left open."""
     inputs = inputs_of(lowered.program)
-    if lowered.larger is not None:
-        others = inputs_of(lowered.larger)
-        batched = {one.name for one, other in zip(inputs, others, strict=True) if one.shape != other.shape}
-    else:
-        batched = {each.name for each in inputs if has_batch(each.shape, [inputs[0].shape])}
-    size = 1 if lowered.dynamic_batch or not inputs[0].shape else inputs[0].shape[0]
-    single = tuple(
-        dataclasses.replace(each, shape=(1, *each.shape[1:])) if each.name in batched else each for each in inputs
-    )
     preprocess = None
     if lowered.mean is not None and lowered.std is not None and len(inputs) == 1 and len(inputs[0].shape) == 4:
         preprocess = Preprocess(*inputs[0].shape[2:], lowered.mean, lowered.std, lowered.crop_pct)
-    return Form(single, frozenset(batched), size, preprocess)
+    if lowered.larger is None:
+        form = fixed_form(inputs, preprocess)
+    else:
+        pairs = zip(inputs, inputs_of(lowered.larger), strict=True)
+        form = open_form(inputs, {one.name for one, other in pairs if one.shape != other.shape}, preprocess)
+    return dataclasses.replace(form, complex_names=lowered.complex_names)
+
+
+def fixed_form(inputs: Sequence[Input], preprocess: Preprocess | None) -> Form:
+    """The form of a model for fixed shapes: of 1 sample, of a batch of images, or else of its inputs as they are."""
+    first = inputs[0].shape[:1]
+    if first != (1,) and preprocess is None:
+        return Form(tuple(inputs), frozenset())
+    batched = {each.name for each in inputs if each.shape[:1] == first}
+    return open_form(inputs, batched, preprocess, size=first[0])
+
+
+def open_form(inputs: Sequence[Input], batched: Collection[str], preprocess: Preprocess | None, size: int = 1) -> Form:
+    """The form of a model of which it is known which inputs have a batch, in batches of `size`."""
+    single = (
+        dataclasses.replace(each, shape=(1, *each.shape[1:])) if each.name in batched else each for each in inputs
+    )
+    return Form(tuple(single), frozenset(batched), size, preprocess)
 
 
 def calibration(lowered: Lowered, options: Quantization) -> list[Inputs]:
@@ -115,7 +129,7 @@ def calibration(lowered: Lowered, options: Quantization) -> list[Inputs]:
         for chunk in dataset.read(wanted, options.seed):
             for _, sample in chunk:
                 samples.append(sample)
-                step()
+                step(1)
     return form.batches(samples)
 
 
@@ -331,7 +345,7 @@ def _column(array: Array, each: Input, form: Form, where: str) -> Array:
     item = _item(each, form)
     last = (*item[1:], *item[:1])  # channels last, as image files have them
     pixels = form.preprocess is not None and array.dtype == np.uint8
-    if array.dtype.kind == "c" and item[-1:] == (2,):
+    if array.dtype.kind == "c" and each.name in form.complex_names:
         array = np.stack([array.real, array.imag], axis=-1)
     if pixels and array.shape[1:] == last != item:
         array = np.moveaxis(array, -1, 1)
