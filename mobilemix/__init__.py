@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mobilemix import ops, passes, shims
-    from mobilemix.api import Export, evaluate, export, verify
+    from mobilemix.api import Export, Quantized, evaluate, export, quantize, verify
     from mobilemix.errors import MobilemixError
     from mobilemix.evaluation import Evaluation
     from mobilemix.inspection import inspect_artifact, inspect_model
@@ -32,6 +32,7 @@ __all__ = [
     "Manifest",
     "MobilemixError",
     "Parity",
+    "Quantized",
     "Recipe",
     "Tolerance",
     "create_model",
@@ -43,6 +44,7 @@ __all__ = [
     "load_recipe",
     "ops",
     "passes",
+    "quantize",
     "read_manifest",
     "shims",
     "verify",
@@ -55,6 +57,7 @@ _HOMES = {
     "Manifest": "mobilemix.manifest",
     "MobilemixError": "mobilemix.errors",
     "Parity": "mobilemix.parity",
+    "Quantized": "mobilemix.api",
     "Recipe": "mobilemix.recipe",
     "Tolerance": "mobilemix.parity",
     "create_model": "mobilemix.models.registry",
@@ -64,6 +67,7 @@ _HOMES = {
     "inspect_model": "mobilemix.inspection",
     "list_models": "mobilemix.models.registry",
     "load_recipe": "mobilemix.recipe",
+    "quantize": "mobilemix.api",
     "read_manifest": "mobilemix.manifest",
     "verify": "mobilemix.api",
 }

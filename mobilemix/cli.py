@@ -225,6 +225,107 @@ def export(
 
 
 @app.command()
+def quantize(
+    model: Annotated[
+        str | None,
+        typer.Argument(help=f"As of export; {DEFAULT_MODEL} if left out.", show_default=False),
+    ] = None,
+    target: Annotated[str | None, typer.Option("-t", "--target", help="As of export; onnx if left out.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the artifact, recipe and page.")] = Path(),
+    weights: Weights = None,
+    precision: Annotated[str | None, typer.Option(help="Of the layers that are quantised; int8 if left out.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the loss is measured on: a folder with a subfolder of images for each class, any folder of"
+            " images, a .npy or .npz; what the ranges are calibrated on if left out."
+        ),
+    ] = None,
+    data_samples: Annotated[int | None, typer.Option(help="At most so many of it; 512 if left out.")] = None,
+    max_drop: Annotated[
+        str, typer.Option(help="Largest loss of top-1, or of agreement with the float model where nothing is labelled.")
+    ] = "0.5%",
+    objective: Annotated[str, typer.Option(help="What is saved: latency or size.")] = "latency",
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seed: Seed = None,
+    observer: ObserverName = None,
+    format_: Format = None,
+    equalization: Equalization = None,
+    bias_correction: BiasCorrection = None,
+    rounding: Rounding = None,
+    layer: Layers = None,
+    input_: Inputs = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset version; what the precision needs if left out.")] = None,
+    shim: Shims = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative L2 error that passes; the precision's tier if left out.")
+    ] = None,
+    recipe: RecipeFile = None,
+    json: Json = False,
+    debug: Debug = False,  # noqa: ARG001 -- as above
+) -> None:
+    """Quantise as many layers as a limit on the lost accuracy allows, and export that with a recipe and a report."""
+    base = load_recipe(recipe) if recipe else Recipe(target="onnx")
+    options: dict[str, Any] = {
+        "model": model,
+        "target": target,
+        "weights": weights,
+        "precision": precision or base.precision or "int8",
+        "opset": opset,
+        "shim": tuple(shim) if shim else None,
+        "tolerance": tolerance,
+        "quantization": _quantization(
+            base.quantization,
+            data=calibration,
+            samples=samples,
+            seed=seed,
+            observer=observer,
+            format=format_,
+            equalization=equalization,
+            bias_correction=bias_correction,
+            rounding=rounding,
+            layers=_layers(layer),
+        ),
+        **_inputs(input_ or []),
+    }
+    asked = dataclasses.replace(base, **{name: value for name, value in options.items() if value is not None})
+    limit = _share_of(max_drop)
+
+    require(asked.target)
+
+    from mobilemix import api
+
+    with _progress("Quantising") as listener:
+        found = api.quantize(
+            output=output,
+            data=data,
+            samples=data_samples,
+            max_drop=limit,
+            objective=objective,
+            listener=listener,
+            **{field.name: getattr(asked, field.name) for field in dataclasses.fields(asked)},
+        )
+    made = found.export
+    if json:
+        from mobilemix.manifest import dumps
+
+        paths = {"path": made.path, "recipe": found.recipe, "page": found.page}
+        typer.echo(dumps({**paths, "report": found.report, "manifest": made.manifest}))
+    else:
+        from mobilemix.quantization.report import tables
+
+        for table in tables(found.report):
+            _console().print(table)
+        _print_export(made)
+        typer.echo(" · ".join(("recipe", str(found.recipe), *(["report", str(found.page)] if found.page else []))))
+    if found.page is None:
+        typer.echo("note: the report's page needs plotly; pip install 'mobilemix[report]'", err=True)
+    if not made.parity.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(
     artifact: Annotated[Path, typer.Argument(help="A .mlpackage, .onnx or .tflite with its manifest beside it.")],
     model: Annotated[str | None, typer.Option(help="The source to compare with; the manifest's if left out.")] = None,
@@ -493,6 +594,14 @@ def _inputs(values: list[str]) -> dict[str, Any]:
         raise InputError("--input is image or tensor, not both")
     given = {"input_shapes": tuple(shapes), "input_dtypes": tuple(dtypes)} if shapes else {}
     return {"input": next(iter(kinds), None), **given}
+
+
+def _share_of(text: str) -> float:
+    """Read a share, 0.5% or 0.005."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise InputError(f"--max-drop cannot be '{text}'; give a share such as 0.5% or 0.005") from None
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
