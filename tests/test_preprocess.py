@@ -64,3 +64,60 @@ def test_what_is_no_image_is_one_clear_error(tmp_path):
     for name in ("a.jpg", "missing.jpg"):
         with pytest.raises(InputError, match=name):
             PLAIN(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_scaled_to_8(tmp_path, suffix, channels):
+    path = tmp_path / f"a.{suffix}"
+    levels = np.tile(np.array([0, 255, 256, 32768, 65407, 65535], np.uint16), (6, 1))
+    if suffix == "pgm":
+        path.write_bytes(b"P5 6 6 65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(levels).save(path)
+    pixels = Preprocess(6, 6, (0.0,) * channels, (1.0,) * channels, 1.0).pixels(path)
+    assert pixels.shape == (6, 6, channels)
+    np.testing.assert_array_equal(pixels[0, :, 0], [0, 1, 1, 128, 255, 255])
+
+
+def test_of_an_animation_the_first_frame_counts(tmp_path):
+    path = tmp_path / "a.gif"
+    dark, light = (Image.new("L", (8, 8), level) for level in (10, 240))
+    dark.save(path, save_all=True, append_images=[light])
+    assert PLAIN.pixels(path).max() < 30
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (1, 400_000)])
+def test_pixels_beyond_any_photograph_are_refused_before_they_are_made(tmp_path, size):
+    """A megabyte may claim any number; and what is one pixel wide would be enlarged to as many."""
+    path = tmp_path / "a.png"
+    Image.new("1", size).save(path)
+    with pytest.raises(InputError, match=r"a\.png: .*pixels"):
+        Preprocess(224, 224, (0.0,) * 3, (1.0,) * 3)(path)
+
+
+def test_floats_without_a_scale_are_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.ones((8, 8), np.float32)).save(path)
+    with pytest.raises(InputError, match="what white is"):
+        PLAIN(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # decoders say what they stumble over
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp", "ppm"])
+def test_broken_files_are_an_error_of_one_line_or_still_an_image(tmp_path, suffix):
+    generator = np.random.default_rng(0)
+    whole = save(tmp_path / f"whole.{suffix}", generator.integers(0, 256, (24, 20, 3), dtype=np.uint8)).read_bytes()
+    path = tmp_path / f"a.{suffix}"
+    refused = 0
+    for trial in range(60):
+        content = bytearray(whole[: generator.integers(len(whole))] if trial % 2 else whole)
+        for place in generator.integers(0, len(content), 8) if content else ():
+            content[place] = generator.integers(256)
+        path.write_bytes(content)
+        try:
+            assert PLAIN(path).shape == (1, 3, 8, 8)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mobilemix import assets
-from mobilemix.errors import InputError
+from mobilemix.errors import InputError, first_line
 from mobilemix.preprocess import Preprocess
 from mobilemix.progress import counting
 from mobilemix.quantization.options import BUILTIN, Quantization
@@ -149,7 +149,10 @@ def take(items: Iterable[Any], form: Form, wanted: int) -> tuple[Inputs, ...]:
     for number, item in enumerate(items):
         what = f"item {number} of the calibration data"
         arrays = item if isinstance(item, Mapping) else {form.inputs[0].name: item}
-        columns = {str(name): _with_samples(np.asarray(value), form, str(name)) for name, value in arrays.items()}
+        try:
+            columns = {str(name): _with_samples(np.asarray(value), form, str(name)) for name, value in arrays.items()}
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a GPU, or with a gradient
+            raise InputError(f"{what} is no array: {first_line(error)}") from error
         rows = _Arrays(columns, form, what)
         found += [rows.load(index) for index in range(min(rows.size, wanted - len(found)))]
         if len(found) == wanted:
