@@ -32,7 +32,7 @@ from mobilemix.preprocess import Preprocess
 from mobilemix.quantization.cache import digest
 from mobilemix.quantization.data import GIVEN, SAMPLES, form_of, open_dataset, take
 from mobilemix.quantization.data import calibration as calibration_of
-from mobilemix.quantization.mixed import Mixing, investigate, judged
+from mobilemix.quantization.mixed import investigate, judged, quantizable
 from mobilemix.quantization.options import FLOAT
 from mobilemix.quantization.report import Report, page
 from mobilemix.quantization.search import OBJECTIVES, Judge
@@ -389,15 +389,13 @@ def quantize(
         raise UnknownNameError("objective", objective, OBJECTIVES)
     recipe, prepared = _asked(model, calibration, {"target": "onnx", "precision": "int8", **options}, listener)
     target = find_target(recipe.target)
-    if not isinstance(target, Mixing):
-        raise InputError(f"the target {target.name} cannot mix precisions; export it with --layer PATTERN=PRECISION")
     recipe = _resolve(recipe, target, prepared)
     lowered, _ = _specialise(prepared, target)
     stages = _Stages(listener)
     with tempfile.TemporaryDirectory() as folder:
         with stages("observe"):
             calibrated = calibration_of(lowered, recipe.quantization)
-            subject = target.quantizable(lowered, recipe, Path(folder))
+            subject = quantizable(lowered, recipe, Path(folder))
             shown, labels = (
                 judged(lowered, Path(data), samples, recipe.quantization.seed) if data else (calibrated, None)
             )

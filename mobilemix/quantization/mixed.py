@@ -1,11 +1,11 @@
 """From a target's float graph to the cheapest mixed precision within a limit, and a report of how it was found."""
 
 import dataclasses
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from mobilemix.errors import InputError
 from mobilemix.evaluation import UNKNOWN, truth_of
@@ -17,25 +17,37 @@ from mobilemix.recipe import Recipe
 from mobilemix.signature import outputs_of
 from mobilemix.targets.base import Inputs, Lowered
 
-MEASURED = 64
-"""Calibration samples on which the layers' sensitivity is measured, at most."""
 JUDGED = 512
 """Samples of the user's data on which choices are judged, where no number is given."""
 TIMED = 20
 """Runs of each configuration, one after the other in turn, of which its time is the median."""
 
 
-@runtime_checkable
-class Mixing(Protocol):
-    """A target whose layers can be left in float one by one."""
+MIXING = {
+    "coreml": "mobilemix.targets.coreml.candidates:Candidates",
+    "onnx": "mobilemix.targets.onnx.candidates:Candidates",
+}
+"""Of the targets whose layers can be left in float one by one, what makes a `Quantizable` of a lowered program."""
 
-    def quantizable(self, lowered: Lowered, recipe: Recipe, folder: Path) -> Quantizable:
-        """Write and observe the float graph in a folder that stays for as long as the result is used.
 
-        Raises:
-            InputError: the recipe's precision quantises nothing.
-            MobilemixError: what `Target.compile` raises.
-        """
+def quantizable(lowered: Lowered, recipe: Recipe, folder: Path) -> Quantizable:
+    """A program as the recipe's target quantises it.
+
+    Args:
+        lowered: after the target's own passes.
+        recipe: of the artifact, all its defaults resolved.
+        folder: for the float graph, as long as the result is used.
+
+    Raises:
+        InputError: a target or a precision that cannot mix.
+        MobilemixError: what `Target.compile` raises.
+    """
+    if recipe.target not in MIXING:
+        valid = " and ".join(MIXING)
+        raise InputError(f"the search mixes precisions for {valid}; export {recipe.target} with --layer PATTERN=float")
+    module, name = MIXING[recipe.target].split(":")
+    made: Quantizable = getattr(importlib.import_module(module), name)(lowered, recipe, folder)
+    return made
 
 
 def judged(lowered: Lowered, data: Path, count: int | None, seed: int) -> tuple[list[Inputs], list[int] | None]:
@@ -78,7 +90,7 @@ def investigate(
 
     Args:
         subject: the float graph.
-        samples: what it was calibrated on, of which `MEASURED` are taken.
+        samples: what it was calibrated on, of which so many are taken as the float graph has time for.
         judge: of the choices.
         objective: of `mobilemix.quantization.search.OBJECTIVES`.
         max_drop: largest loss of the judge's score, from 0 to 1.
@@ -91,7 +103,7 @@ def investigate(
         InputError: no choice keeps within the limit.
     """
     savings(subject.layers, objective)  # a wrong name should not cost minutes
-    found = sensitivities(subject, samples[:: -(-len(samples) // MEASURED)], progress)
+    found = sensitivities(subject, samples[:: -(-len(samples) // subject.measured)], progress)
     choice = find(subject, found, judge, objective, max_drop, progress)
     report = Report(
         model=model,

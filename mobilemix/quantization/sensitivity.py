@@ -47,6 +47,8 @@ class Quantizable(Protocol):
 
     layers: Sequence[Layer]
     """Those that the recipe quantises, in the order of the graph."""
+    measured: int
+    """Samples, at most, on which there is time to quantise each of them alone."""
 
     def reference(self, watched: Sequence[str] = ()) -> Run:
         """The float32 graph, which also returns the values with these names."""
