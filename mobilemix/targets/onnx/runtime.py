@@ -18,6 +18,9 @@ from mobilemix.targets.onnx import emulation
 
 _FATAL_ONLY = 4
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
+_IN_FLOAT32 = "1"
+"""Of products with dequantised weights, before which ONNX Runtime rounds activations to 8 bits by itself."""
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -96,13 +99,18 @@ def trace(path: Path, inputs: Inputs) -> tuple[dict[str, Array], dict[str, Array
     return {name: found[name] for name in outputs}, {name: found[name] for name in names}
 
 
-def observe(path: Path, names: Iterable[str], samples: Iterable[Inputs]) -> Iterator[dict[str, Array]]:
-    """These values of a file, inputs among them or not, for each sample; float32. Raises as `trace` does."""
-    return _observe(path, read_model(path), names, samples)
+def observe(
+    path: Path, names: Iterable[str], samples: Iterable[Inputs], optimised: bool = False
+) -> Iterator[dict[str, Array]]:
+    """These values of a file, inputs among them or not, for each sample; float32. Raises as `trace` does.
+
+    `optimised` lets ONNX Runtime fuse the nodes between them, of 8-bit integers too.
+    """
+    return _observe(path, read_model(path), names, samples, optimised)
 
 
 def _observe(
-    path: Path, model: onnx.ModelProto, names: Iterable[str], samples: Iterable[Inputs]
+    path: Path, model: onnx.ModelProto, names: Iterable[str], samples: Iterable[Inputs], optimised: bool = False
 ) -> Iterator[dict[str, Array]]:
     """As `observe`, with the content of the file."""
     wanted = dict.fromkeys(names)
@@ -116,14 +124,17 @@ def _observe(
         content = path.read_bytes()
     # One message after another is one message, with the outputs of both: no weight has to be written anew for them.
     content += onnx.ModelProto(graph=onnx.GraphProto(output=more)).SerializeToString()
-    session = _open(content, optimised=False, folder=path.parent)
+    session = _open(content, optimised, folder=path.parent)
     for sample in samples:
         found = {**dict(_execute(session, sample)), **{name: sample[name] for name in given}}
         yield {name: found[name] for name in wanted}
 
 
 def _open(model: str | bytes, optimised: bool, folder: Path | None = None) -> ort.InferenceSession:
-    """A session of a file, or of its content with the folder that its weights are in."""
+    """A session of a file, or one to observe: of its content with the folder that its weights are in.
+
+    The latter rounds nothing that the file does not.
+    """
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
@@ -131,6 +142,7 @@ def _open(model: str | bytes, optimised: bool, folder: Path | None = None) -> or
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores have other things to do
     if folder is not None:
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder.resolve()))
+        options.add_session_config_entry(_PRODUCTS, _IN_FLOAT32)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except MissingKernel as error:
