@@ -1,61 +1,27 @@
-"""On a chain of matrix products of which each can be rounded to a grid of its own."""
-
-from collections.abc import Collection, Sequence
-
 import numpy as np
 import pytest
+import quantization_chain
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from quantization_chain import Chain
 
-from mobilemix.quantization.sensitivity import EXACT, WATCHED, Layer, Run, distance, sensitivities, sqnr
-from mobilemix.targets.base import Inputs
+from mobilemix.quantization.sensitivity import EXACT, WATCHED, distance, sensitivities, sqnr
 
 SAMPLES = 20
 HALF_A_DB = 0.5
 
 
-class Chain:
-    """y = … W₂ · tanh(W₁ x), with outputs of layer i in steps of `steps[i]` where it is quantised."""
-
-    def __init__(self, steps: Sequence[float]) -> None:
-        random = np.random.default_rng(0)
-        self.steps = steps
-        self.weights = [random.standard_normal((6, 6)) for _ in steps]
-        self.layers = [
-            Layer(f"net.{index}/out_{index}", f"net.{index}", f"out_{index}", 36, 144) for index in range(len(steps))
-        ]
-        self.asked: list[frozenset[str]] = []
-
-    def reference(self, watched: Sequence[str] = ()) -> Run:
-        return self.runner([layer.name for layer in self.layers], watched)
-
-    def runner(self, float_layers: Collection[str], watched: Sequence[str] = ()) -> Run:
-        self.asked.append(frozenset(float_layers))
-
-        def run(inputs: Inputs) -> dict[str, np.ndarray]:
-            x, values = inputs["x"], {}
-            for layer, weight, step in zip(self.layers, self.weights, self.steps, strict=True):
-                x = x @ weight
-                x = x if layer.name in float_layers or not step else np.rint(x / step) * step
-                values[layer.output] = x
-                x = np.tanh(x)
-            return {"y": x, **{name: values[name] for name in watched}}
-
-        return run
-
-
 @pytest.fixture
 def samples():
-    random = np.random.default_rng(1)
-    return [{"x": random.standard_normal((1, 6))} for _ in range(SAMPLES)]
+    return quantization_chain.samples(SAMPLES)
 
 
 def test_each_layer_is_quantised_alone(samples):
     chain, told = Chain([0.0, 0.5, 0.01]), []
     sensitivities(chain, samples, told.append)
     names = {layer.name for layer in chain.layers}
-    assert sorted(len(names - kept) for kept in chain.asked) == [0, 0, 1, 1, 1]
+    assert [len(names - kept) for kept in chain.asked] == [1, 1, 1]
     assert sorted(told) == [f"sensitivity {index + 1}/3 · net.{index}/out_{index}" for index in range(3)]
 
 
