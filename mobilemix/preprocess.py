@@ -43,7 +43,8 @@ class Preprocess:
             size = (max(self.width, round(image.width * scale)), max(self.height, round(image.height * scale)))
             _refuse_above(size[0] * size[1])
         except Exception as error:  # on malformed files, decoders raise whatever they stumble over
-            raise InputError(f"cannot read the image {path}: {first_line(error)}") from error
+            reason = getattr(error, "strerror", None) or first_line(error).replace(f" {str(path)!r}", "")
+            raise InputError(f"cannot read the image {path}: {reason}") from error
         image = image.resize(size, Image.Resampling.BILINEAR)
         left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
         cropped = image.crop((left, top, left + self.width, top + self.height))

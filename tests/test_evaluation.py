@@ -345,7 +345,7 @@ def test_the_command(command, network: str, pictures: Path, tmp_path: Path) -> N
     (pictures / "class 0" / "broken.jpg").touch()
     code, out, err = command("evaluate", artifact, pictures)
     assert code == 0
-    assert "note: 1 of 13 files was skipped: broken.jpg" in err
+    assert "note: 1 of 13 files was skipped: broken.jpg (cannot identify image file)\n" in err
     assert "taken in their order" in err
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:3]] == ["artifact", "float PyTorch"]

@@ -214,7 +214,8 @@ class Dataset:
     def _report(self, tried: int) -> None:
         if not self.skipped:
             return
-        named = [f"{path.name} ({reason.rpartition(': ')[2]})" for path, reason in self.skipped.items()][:NAMED]
+        some = itertools.islice(self.skipped.items(), NAMED)
+        named = [f"{path.name} ({reason.rpartition(f'{path}: ')[2]})" for path, reason in some]
         more = ", …" if len(self.skipped) > NAMED else ""
         verb = "was" if len(self.skipped) == 1 else "were"
         sys.stderr.write(f"note: {len(self.skipped)} of {tried} files {verb} skipped: {', '.join(named)}{more}\n")
