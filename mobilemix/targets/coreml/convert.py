@@ -97,7 +97,7 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         tempfile.TemporaryDirectory() as folder,  # elsewhere: a full destination is then our own write that fails
         _one_line_errors(program),
         quiet(),
-        _unhindered(),
+        unhindered(),
     ):
         model = ct.convert(
             _decomposed(program, lowered.std if recipe.input == "image" else None),
@@ -115,7 +115,7 @@ def convert(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         )
         specification = model.get_spec()
         _describe(specification, lowered, recipe)
-        _write(specification, Path(model.weights_dir), destination)
+        write_package(specification, Path(model.weights_dir), destination)
 
 
 def _is_narrow(operation: Any) -> bool:
@@ -132,7 +132,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unhindered() -> Iterator[None]:
+def unhindered() -> Iterator[None]:
     """Let coremltools run its passes without what it does besides, which takes two thirds of a conversion's time.
 
     Checking the whole program after each pass: what that could find does not get past executing the saved package.
@@ -283,7 +283,7 @@ def _describe(specification: Any, lowered: Lowered, recipe: Recipe) -> None:
         }.get(feature.name, "Output of the model, before any softmax" if lowered.labels else "Output of the model")
 
 
-def _write(specification: Any, weights: Path, destination: Path) -> None:
+def write_package(specification: Any, weights: Path, destination: Path) -> None:
     """Lay out a package as Xcode does: the specification, the weights and a manifest with identifiers for both."""
     file = destination / _SPECIFICATION_PATH
     file.parent.mkdir(parents=True)

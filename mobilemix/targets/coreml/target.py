@@ -19,10 +19,14 @@ from mobilemix.passes import lower_scans
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import FAINT, Audit, audit
+from mobilemix.targets.coreml.compress import compress_package, simulated
+from mobilemix.targets.coreml.compression import compression
 from mobilemix.targets.coreml.convert import NORMALISATION_KEY, STORED_DTYPES, convert, quiet
 from mobilemix.targets.coreml.equivalence import Equivalence, compare
 from mobilemix.targets.coreml.executor import Executor
 from mobilemix.targets.coreml.package import Package, read_package
+from mobilemix.targets.coreml.plan import LEAST_IOS, check_options, planned
+from mobilemix.targets.coreml.proof import simulation_check, values_check, weights_check
 from mobilemix.threads import spread
 
 BUILD_RELATIVE_L2 = 1e-5
@@ -71,14 +75,22 @@ class CoreMLTarget:
 
     name = "coreml"
     suffix = ".mlpackage"
-    precisions = ("fp16", "fp32")
+    precisions = ("fp16", "fp32", *LEAST_IOS)
     takes_images = True
     stored_dtypes: Mapping[str, str] = MappingProxyType(STORED_DTYPES)
     passes = lower_scans()
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
-        """See `mobilemix.targets.coreml.convert.convert`, and its errors."""
-        convert(lowered, recipe, destination)
+        """See `convert.convert` and, for what is compressed, `plan.planned`, and their errors."""
+        if recipe.precision not in LEAST_IOS:
+            convert(lowered, recipe, destination)
+            return
+        check_options(recipe)
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, f"float{self.suffix}")
+            convert(lowered, dataclasses.replace(recipe, precision="fp16"), source)
+            package = read_package(source)
+            compress_package(source, planned(package, lowered, recipe, PackageRunner(package)), destination)
 
     def load(self, path: Path) -> Runner:
         """Read a package back. Raises InputError if it is none."""
@@ -103,12 +115,33 @@ class CoreMLTarget:
                 full = Path(folder, f"build{self.suffix}")
                 convert(lowered, dataclasses.replace(recipe, precision="fp32"), full)
                 build = PackageRunner(read_package(full))
-            equivalence = compare(build.package, runner.package) if runner.is_fp16 else None
-            answers, found = _executed(build, equivalence, samples)
-        checks = [_build_check(lowered, answers, samples)]
-        if equivalence:
-            checks += [_equivalence_check(equivalence), _range_check(found)]
+            if recipe.precision in LEAST_IOS:
+                checks = _compression_checks(build, runner, lowered, recipe, samples)
+            else:
+                equivalence = compare(build.package, runner.package) if runner.is_fp16 else None
+                answers, found = _executed(build, equivalence, samples)
+                checks = [_build_check(lowered, answers, samples)]
+                if equivalence:
+                    checks += [_equivalence_check(equivalence, "fp16"), _range_check(found)]
         return [*checks, _native_check(runner, path, samples)]
+
+
+def _compression_checks(
+    build: PackageRunner, runner: PackageRunner, lowered: Lowered, recipe: Recipe, samples: Sequence[Inputs]
+) -> list[Check]:
+    """As for fp16, of the float32 build with what is compressed in the package; and that this is what it should be."""
+    found = compression(runner.package, build.package)
+    simulation = PackageRunner(simulated(build.package, found))
+    equivalence = compare(simulation.package, found.float_package)
+    answers, ranges = _executed(simulation, equivalence, samples)
+    checks = [
+        _build_check(lowered, spread(build.run, samples), samples),
+        _equivalence_check(equivalence, str(recipe.precision)),
+        weights_check(found, build.package, lowered, recipe),
+    ]
+    if found.values:
+        checks.append(values_check(found, build, simulation, samples[-1]))
+    return [*checks, _range_check(ranges), simulation_check(spread(runner.run, samples), answers)]
 
 
 def _executed(
@@ -141,12 +174,13 @@ def _build_check(lowered: Lowered, answers: Sequence[Mapping[str, Array]], sampl
     )
 
 
-def _equivalence_check(equivalence: Equivalence) -> Check:
+def _equivalence_check(equivalence: Equivalence, precision: str) -> Check:
+    name = f"{precision} equals fp32"
     if equivalence.differences:
         first, *others = equivalence.differences
-        return Check("fp16 equals fp32", False, first + (f" (and {len(others)} more)" if others else ""))
+        return Check(name, False, first + (f" (and {len(others)} more)" if others else ""))
     return Check(
-        "fp16 equals fp32",
+        name,
         True,
         f"{equivalence.operations} operations the same, {equivalence.constants} constants exactly the rounded ones, "
         f"{len(equivalence.left_in_float32)} operations in float32",
