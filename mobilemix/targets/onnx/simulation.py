@@ -29,8 +29,8 @@ def simulated(path: Path, precision: str, samples: Sequence[Inputs]) -> Check:
     """ONNX Runtime's kernels round as the file says, and what the file dequantises is what it quantised.
 
     A number near a tie may be rounded to either side, which makes all numbers after it others. So the simulation goes
-    on with the runtime's own integers after each rounding: an error is seen where it is made, and nowhere else. Products
-    with dequantised weights the runtime computes in float32 for this, and rounds as it likes at the end.
+    on with the runtime's own integers after each rounding: an error is seen where it is made, and nowhere else. The
+    runtime computes products with dequantised weights in float32 for this; only at the end does it round as it likes.
 
     Args:
         path: a quantised file.

@@ -99,7 +99,7 @@ class Simulated:
     def _tensors(self, inputs: Inputs) -> list[Tensor]:
         if set(inputs) != set(self._inputs):
             raise InputError(f"the model takes {', '.join(self._inputs)}, not {', '.join(inputs)}")
-        tensors = (torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in self._inputs)
+        tensors = (torch.from_numpy(np.array(inputs[name], order="C")) for name in self._inputs)
         return [tensor.to(self._dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
 
 

@@ -16,7 +16,6 @@ def _product(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
 
 
 REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
-    "ReduceL2": lambda x, axes, keepdim: torch.linalg.vector_norm(x, dim=axes, keepdim=keepdim),
     "ReduceMax": torch.amax,
     "ReduceMean": torch.mean,
     "ReduceMin": torch.amin,

@@ -19,7 +19,7 @@ def reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
 @rule("Flatten")
 def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
     """The axes before `axis` as one, the others as one."""
-    return x.reshape(total(x.shape[: axis % (x.ndim + 1)]), -1)
+    return x.reshape(total(x.shape[: axis if axis >= 0 else axis + x.ndim]), -1)
 
 
 @rule("Transpose")
@@ -83,7 +83,10 @@ def slice_(x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, 
     along = range(count) if axes is None else ints(axes)
     strides = [1] * count if steps is None else ints(steps)
     for start, end, axis, step in zip(ints(starts), ints(ends), along, strides, strict=True):
-        places = range(x.shape[axis])[start:end:step]
+        size = x.shape[axis]
+        first, last = (0, size) if step > 0 else (-1, size - 1)
+        start, end = (place + size if place < 0 else place for place in (start, end))
+        places = range(min(max(start, 0), last), min(max(end, first), last), step)
         x = x.index_select(axis, torch.tensor(places, dtype=torch.int64))
     return x
 
