@@ -369,6 +369,7 @@ def test_what_cannot_be_evaluated_is_one_line(command, network: str, pictures: P
         ([artifact, tmp_path / "empty"], "there is no image in the folder"),
         ([artifact, artifact], "neither a folder of images nor"),
         ([artifact, pictures, "--samples", 0], "samples must be at least 1"),
+        ([artifact, pictures, "--seed", -1], "seed must be at least 0"),
     ):
         code, out, err = command("evaluate", *arguments)
         assert (code, out) == (2, "")

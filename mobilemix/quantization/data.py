@@ -306,6 +306,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _order(size: int, wanted: int, seed: int) -> list[int]:
     """All of `size` numbers, such that the first `wanted`, and the next, are one of each of as many equal parts."""
+    if seed < 0:
+        raise InputError(f"seed must be at least 0, not {seed}")
     generator = np.random.Generator(np.random.PCG64(seed))
     parts = [generator.permutation(part) for part in np.array_split(np.arange(size), wanted)]
     mixed = [parts[index] for index in generator.permutation(len(parts))]
