@@ -32,8 +32,9 @@ from mobilemix.preprocess import Preprocess
 from mobilemix.quantization.cache import digest
 from mobilemix.quantization.data import GIVEN, SAMPLES, form_of, open_dataset, take
 from mobilemix.quantization.data import calibration as calibration_of
+from mobilemix.quantization.equalize import equalize
 from mobilemix.quantization.mixed import investigate, judged, quantizable
-from mobilemix.quantization.options import FLOAT
+from mobilemix.quantization.options import EQUALIZATIONS, FLOAT, Quantization
 from mobilemix.quantization.report import Report, page
 from mobilemix.quantization.search import OBJECTIVES, Judge
 from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of, write_recipe
@@ -147,8 +148,8 @@ class Prepared:
         return [{name: self.source.preprocess(path)} for path in assets.photographs()[:count]]
 
     @functools.cached_property
-    def specialised(self) -> dict[str, tuple[Lowered, tuple[str, ...]]]:
-        """By target, what `_specialise` made of it: the precisions of one target start from one program."""
+    def specialised(self) -> dict[tuple[str, Quantization | None], tuple[Lowered, tuple[str, ...]]]:
+        """What `_specialise` made of it: the precisions of one target start from one program."""
         return {}
 
     @functools.cached_property
@@ -226,7 +227,7 @@ def prepare(recipe: Recipe, *, module: nn.Module | None = None, listener: Listen
     for pair in batches.PAIRS:
         prepared = _lowered(source, recipe, labels, stages, pair)
         # Passes that choose a form by size may have chosen one for the smaller batch and another for the larger.
-        lowered, _ = _specialise(prepared, find_target(recipe.target))
+        lowered, _ = _specialise(prepared, find_target(recipe.target), recipe)
         if batches.is_one_graph(lowered):
             break
     with stages("reference"):
@@ -304,7 +305,7 @@ def deploy(prepared: Prepared, recipe: Recipe, folder: Path, *, listener: Listen
     with files.staging(folder) as stage:
         artifact = stage / f"{prepared.source.name}{target.suffix}"
         with stages("compile"):
-            lowered, passes = _specialise(prepared, target)
+            lowered, passes = _specialise(prepared, target, recipe)
             provenance = _provenance(prepared, passes, recipe, target)
             metadata = {**lowered.metadata, "mobilemix.provenance": dumps(provenance, indent=None)}
             lowered = dataclasses.replace(lowered, metadata=metadata)
@@ -390,7 +391,7 @@ def quantize(
     recipe, prepared = _asked(model, calibration, {"target": "onnx", "precision": "int8", **options}, listener)
     target = find_target(recipe.target)
     recipe = _resolve(recipe, target, prepared)
-    lowered, _ = _specialise(prepared, target)
+    lowered, _ = _specialise(prepared, target, recipe)
     stages = _Stages(listener)
     with tempfile.TemporaryDirectory() as folder:
         with stages("observe"):
@@ -448,7 +449,7 @@ def verify(
     prepared = prepare(recipe, module=module, listener=listener)
     with stages("verify"):
         target = find_target(recipe.target)
-        lowered, _ = _specialise(prepared, target)
+        lowered, _ = _specialise(prepared, target, recipe)
         parity = _verify(prepared, lowered, target, recipe, artifact)
     unchanged = Check(
         "unchanged",
@@ -552,15 +553,21 @@ def _built_beside(artifact: Path) -> set[str]:
     return {Path(name).name for name in names if name}
 
 
-def _specialise(prepared: Prepared, target: Target) -> tuple[Lowered, tuple[str, ...]]:
-    """The model after the target's own passes too, and the names of all passes that changed something."""
-    if target.name not in prepared.specialised:
+def _specialise(prepared: Prepared, target: Target, recipe: Recipe) -> tuple[Lowered, tuple[str, ...]]:
+    """The model after the target's own passes too, equalised if the recipe says so; and what changed it, by name."""
+    options = recipe.quantization
+    key = target.name, None if options.equalization == EQUALIZATIONS[0] else options
+    if key not in prepared.specialised:
         passes = list(prepared.passes)
         program = lower(prepared.lowered.program, target.passes, log=passes.append)
         larger = prepared.lowered.larger and lower(prepared.lowered.larger, target.passes)
         lowered = dataclasses.replace(prepared.lowered, program=program, larger=larger)
-        prepared.specialised[target.name] = lowered, _distinct(passes)
-    return prepared.specialised[target.name]
+        samples = calibration_of(lowered, options) if options.equalization == "smooth" else ()
+        lowered, layers = equalize(lowered, options.equalization, samples)
+        if layers:
+            passes.append(f"{options.equalization} equalization of {len(layers)} layers")
+        prepared.specialised[key] = lowered, _distinct(passes)
+    return prepared.specialised[key]
 
 
 def _distinct(names: Iterable[str]) -> tuple[str, ...]:

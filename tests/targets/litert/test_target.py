@@ -166,10 +166,12 @@ def test_weights_are_aligned_for_vector_loads(exports: dict[str, api.Export]) ->
     assert not any(start % flatbuffer.ALIGNMENT for start in starts)
 
 
-def test_values_have_the_names_of_the_nodes(prepared: api.Prepared, exports: dict[str, api.Export]) -> None:
+def test_values_have_the_names_of_the_nodes(
+    prepared: api.Prepared, recipe: Recipe, exports: dict[str, api.Export]
+) -> None:
     sample = prepared.samples["noise"][0]
     computed = {name for name, _ in LiteRTRunner.from_file(exports["fp32"].path).values(sample)}
-    lowered, _ = api._specialise(prepared, find_target("litert"))
+    lowered, _ = api._specialise(prepared, find_target("litert"), recipe)
     nodes = {node.name for node in lowered.program.graph.nodes}
     assert len(computed & nodes) >= 3
 
@@ -212,7 +214,7 @@ def test_a_changed_weight_fails_the_comparison(
     precision: str, dtype: str, failing: str,
 ) -> None:  # fmt: skip
     path = edited(exports[precision].path, tmp_path, bump(dtype))
-    lowered, _ = api._specialise(prepared, find_target("litert"))
+    lowered, _ = api._specialise(prepared, find_target("litert"), recipe)
     found = checks.run(lowered, dataclasses.replace(recipe, precision=precision), path, [prepared.samples["noise"][0]])
     assert [check.name for check in found if not check.passed] == [failing]
 
