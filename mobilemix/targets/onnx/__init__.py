@@ -7,8 +7,7 @@ from types import MappingProxyType
 from mobilemix.passes import lower_scans
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Inputs, Lowered, Runner
-from mobilemix.targets.onnx import checks, scans
-from mobilemix.targets.onnx.convert import write
+from mobilemix.targets.onnx import checks, convert, quantized, scans
 from mobilemix.targets.onnx.runtime import OnnxRunner, histogram
 
 
@@ -17,14 +16,14 @@ class OnnxTarget:
 
     name = "onnx"
     suffix = ".onnx"
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", *quantized.PRECISIONS)
     takes_images = False
     stored_dtypes: Mapping[str, str] = MappingProxyType({})
     passes = lower_scans(stays=scans.is_faster)
 
     def compile(self, lowered: Lowered, recipe: Recipe, destination: Path) -> None:
-        """Write the file; see `convert.write`."""
-        write(lowered, recipe, destination)
+        """Write the file; see `convert.write` and `quantized.write`."""
+        (quantized if recipe.precision in quantized.PRECISIONS else convert).write(lowered, recipe, destination)
 
     def load(self, path: Path) -> Runner:
         """Open in ONNX Runtime; raises as `OnnxRunner` does."""
@@ -36,8 +35,14 @@ class OnnxTarget:
         A float16 file must also be the rounded float32 one.
         """
         precision = recipe.precision or self.precisions[0]
-        found = [checks.valid(path), checks.standard(path), checks.optimisable(path, precision, samples)]
-        return found + (checks.rounding(lowered, recipe, path, samples) if precision == "fp16" else [])
+        found = [checks.valid(path), checks.standard(path)]
+        if precision in checks.OPTIMISATION_TOLERANCE:
+            found.append(checks.optimisable(path, precision, samples))
+        if precision in quantized.PRECISIONS:
+            found += quantized.proofs(lowered, recipe, path, samples)
+        elif precision == "fp16":
+            found += checks.rounding(lowered, recipe, path, samples)
+        return found
 
     def op_histogram(self, path: Path) -> dict[str, int]:
         """Occurrences by operator type."""

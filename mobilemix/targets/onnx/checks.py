@@ -1,8 +1,7 @@
 """Verification of an ONNX file beyond its outputs."""
 
-import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,14 @@ import torch
 
 from mobilemix.errors import TargetError
 from mobilemix.parity import TIERS, relative_l2
-from mobilemix.recipe import CALIBRATED, Recipe, opset_of
+from mobilemix.quantization.options import Quantization
+from mobilemix.recipe import Recipe
 from mobilemix.targets.base import LARGEST_HALF, Array, Check, Inputs, Lowered
-from mobilemix.targets.onnx.convert import check, write
+from mobilemix.targets.onnx.constants import SHAPE, stored_constants
+from mobilemix.targets.onnx.convert import check, float_recipe, write
 from mobilemix.targets.onnx.half import SUFFIXES, to_half
-from mobilemix.targets.onnx.quantize import DEQUANTISED, QUANTISED, SCALE, Kind, by_channel, products
+from mobilemix.targets.onnx.pairs import DEQUANTISED, OWN, QUANTISED, SCALE, ZERO
+from mobilemix.targets.onnx.products import Product
 from mobilemix.targets.onnx.rewrites import PASSES, Step
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 
@@ -24,6 +26,12 @@ OPTIMISATION_TOLERANCE = {"fp32": 1e-5, "fp16": TIERS["fp16"].relative_l2}
 """Largest relative L2 distance between ONNX Runtime with and without its graph optimisations: rounding alone."""
 
 _CONVERSIONS = ("Cast", "QuantizeLinear", "DequantizeLinear")
+
+WEIGHTS_ONLY = ("w8", "w4")
+"""Precisions that leave activations as they are."""
+
+NEAR = 0.1
+"""Share of float16's largest number from which a magnitude is named."""
 
 TWIN_TOLERANCE = 1e-5
 """Largest relative L2 distance between the float32 build and the lowered program in PyTorch."""
@@ -55,24 +63,35 @@ def optimisable(path: Path, precision: str, samples: Sequence[Inputs]) -> Check:
 
 
 def rounding(
-    lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs], steps: Sequence[Step] = PASSES
+    lowered: Lowered,
+    recipe: Recipe,
+    path: Path,
+    samples: Sequence[Inputs],
+    steps: Sequence[Step] = PASSES,
+    layers: Callable[[ir.Graph], Iterable[Product]] | None = None,
 ) -> list[Check]:
     """A file of less precision is its float32 twin, rounded; the twin is right; and float16 can hold what it computes.
 
     A tolerance that 16 or 8 bits can meet would let real faults pass, so the file itself is compared.
+
+    Args:
+        lowered, recipe, path, samples: as of `Target.checks`.
+        steps: rewrites that the file was written with.
+        layers: of a quantised file, the products of the float32 graph that have to be quantised in it.
     """
     precision = str(recipe.precision)
     with tempfile.TemporaryDirectory() as folder:
         twin_path = Path(folder) / path.name
-        write(lowered, dataclasses.replace(recipe, precision="fp32", opset=opset_of(recipe)), twin_path, steps)
+        write(lowered, float_recipe(recipe), twin_path, steps)
         twin = OnnxRunner(twin_path)
-        difference = first_difference(onnx.load(twin_path), onnx.load(path))
-        if precision in CALIBRATED:
-            difference = difference or first_float(ir.load(twin_path), ir.load(path))
+        difference = first_difference(onnx.load(twin_path), onnx.load(path), recipe.quantization)
+        if layers is not None:
+            weights_only = precision in WEIGHTS_ONLY
+            found = layers(ir.load(twin_path).graph)
+            difference = difference or first_float(found, ir.load(path), weights_only)
         peaks = [(_peak(value), name) for sample in samples for name, value in twin.values(sample)]
         errors = [error for sample in samples for error in errors_of(twin.run(sample), _evaluate(lowered, sample))]
-    peak, where = max(peaks, default=(0.0, "no value"))
-    found = [
+    checks = [
         _within("float32 twin against PyTorch", errors, TWIN_TOLERANCE),
         Check(
             f"{precision} file is the twin, rounded",
@@ -80,67 +99,92 @@ def rounding(
             difference or "node for node, weight for weight",
         ),
     ]
-    if precision != "bf16":  # which has float32's range
-        detail = f"largest magnitude {peak:.3g} of {LARGEST_HALF:.0f}, {where}"
-        found.append(Check("float16 range", peak <= LARGEST_HALF, detail))
-    return found
+    return [*checks, in_range(peaks)] if recipe.precision == "fp16" or recipe.target != "onnx" else checks
 
 
-def first_difference(full: onnx.ModelProto, narrow: onnx.ModelProto) -> str | None:
-    """What in a graph of less precision is not its float32 graph with casts and rounded weights; None if nothing."""
-    nodes, others = list(_shape_of(full.graph)), list(_shape_of(narrow.graph))
+def in_range(peaks: Iterable[tuple[float, str]]) -> Check:
+    """Float16 holds every value: the largest magnitudes, with the names of their values, are below its largest number.
+
+    What is beyond is named in full; what comes near it is named where nothing is.
+    """
+    largest: dict[str, float] = {}
+    for peak, name in peaks:
+        largest[name] = max(peak, largest.get(name, 0.0))
+    ordered = sorted(largest.items(), key=lambda each: -each[1])
+    beyond = [(name, peak) for name, peak in ordered if peak > LARGEST_HALF]
+    if beyond:
+        named = ", ".join(f"{name} {peak:.3g}" for name, peak in beyond)
+        return Check("float16 range", False, f"{len(beyond)} values beyond {LARGEST_HALF:.0f}: {named}")
+    near = [(name, peak) for name, peak in ordered if peak > NEAR * LARGEST_HALF]
+    named = ", ".join(f"{name} {peak:.3g}" for name, peak in (near or ordered[:1]))
+    what = "near" if near else "largest magnitude"
+    return Check("float16 range", True, f"nothing beyond {LARGEST_HALF:.0f}; {what}: {named or 'no value'}")
+
+
+def first_difference(full: onnx.ModelProto, narrow: onnx.ModelProto, options: Quantization | None = None) -> str | None:
+    """What in a graph of less precision is not its float32 graph with casts and rounded weights; None if nothing.
+
+    Args:
+        full, narrow: the two graphs.
+        options: of a quantised graph: a weight is rounded to one of its neighbours, which is the nearest unless they
+            say otherwise, and a bias that is corrected is anything.
+    """
+    rounded_to = 1.0 if options is not None and options.rounding != "nearest" else 0.5
+    corrected = options is not None and options.bias_correction
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in full.graph.initializer}
+    nodes, others = (list(_shape_of(graph, weights)) for graph in (full.graph, narrow.graph))
     for one, other in zip(nodes, others, strict=False):
         if one != other:
             return f"node {other[1]} is not {one[1]}"
     if len(nodes) != len(others):
         return "the numbers of nodes differ"
-    weights = {_plain(tensor.name): onnx.numpy_helper.to_array(tensor) for tensor in full.graph.initializer}
-    contents = {**weights, **dict(_quantised(narrow.graph, weights))}
-    for tensor in narrow.graph.initializer:
-        content, name = onnx.numpy_helper.to_array(tensor), _plain(tensor.name)
-        expected = contents.get(tensor.name, contents.get(name))
-        if expected is None:
-            right = bool(
-                np.all(content > 0 if name.endswith(SCALE) else content == 0)
-            )  # of an activation, or a zero point
-        else:
-            if tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16):
-                expected = to_half(expected, ir.DataType(tensor.data_type))
-            right = np.array_equal(content, expected, equal_nan=content.dtype.kind == "f")
-        if not right:
-            return f"weight {tensor.name} is not the rounded one"
+    for each in narrow.graph.initializer:
+        if not _is_right(each, weights, corrected):
+            return f"weight {each.name} is not the rounded one"
+    for stored in stored_constants(narrow):
+        is_bias = stored.integers.dtype == np.int32
+        if is_bias and corrected:
+            continue
+        if fault := stored.fault(weights[_plain(stored.name)], 0.5 if is_bias else rounded_to):
+            return f"weight {stored.name} is not the rounded one: {fault}"
     return None
 
 
-def _quantised(graph: onnx.GraphProto, weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
-    """Contents that the quantised weights of a graph, and their scales, must have."""
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in types:
-            weight, scale = node.input[:2]
-            kind: Kind = "int8" if types[weight] == onnx.TensorProto.INT8 else "fp8"
-            (axis,) = (attribute.i for attribute in node.attribute if attribute.name == "axis")
-            numbers, scales = by_channel(weights[_plain(weight)], axis, kind)
-            yield weight, numbers
-            yield _plain(scale), scales
+def _is_right(tensor: onnx.TensorProto, weights: Mapping[str, Array], corrected: bool) -> bool:
+    """Whether a constant of a narrow graph is the float32 one, rounded; integers are looked at with their scales."""
+    content, name = onnx.numpy_helper.to_array(tensor), tensor.name
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    if name in weights:
+        expected = weights[name]
+        if tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16):
+            expected = to_half(expected, ir.DataType(tensor.data_type))
+        return np.array_equal(content, expected, equal_nan=content.dtype.kind == "f")
+    if name.endswith(SCALE):
+        return bool(np.all(np.isfinite(content) & (content > 0)))
+    if OWN in name and content.dtype.kind == "f" and not name.endswith(QUANTISED):
+        return corrected  # a bias
+    return name.endswith((QUANTISED, SHAPE, ZERO)) or not content.astype(np.float64).any()
 
 
-def first_float(full: ir.Model, narrow: ir.Model) -> str | None:
-    """Which product of a float32 graph that should be quantised is not; None if none."""
-    expected = {(node.op_type, str(node.outputs[0].name)) for node, *_ in products(full.graph)}
+def first_float(layers: Iterable[Product], narrow: ir.Model, weights_only: bool = False) -> str | None:
+    """Which of the products of a float32 graph, that should be quantised, is not; None if none."""
+    expected = {(each.node.op_type, str(each.node.outputs[0].name)): each.place for each in layers}
     for node in narrow.graph:
-        if (node.op_type, _plain(str(node.outputs[0].name))) in expected:
-            for value in node.inputs[:2]:
-                if value is None or not str(value.name).endswith(DEQUANTISED):
-                    return f"{node.op_type} {node.name} is not quantised"
-    return None
+        place = expected.pop((node.op_type, _plain(str(node.outputs[0].name))), None)
+        if place is not None:
+            operands = node.inputs[place : place + 1] if weights_only else node.inputs[:2]
+            if any(value is None or not str(value.name).endswith(DEQUANTISED) for value in operands):
+                return f"{node.op_type} {node.name} is not quantised"
+    return f"{next(iter(expected))[1]} is missing" if expected else None
 
 
-def _shape_of(graph: onnx.GraphProto) -> Iterator[tuple[object, ...]]:
+def _shape_of(graph: onnx.GraphProto, weights: Collection[str] = ()) -> Iterator[tuple[object, ...]]:
     """Nodes but for conversions between the forms of a value, with the names of values that all forms share."""
     for node in graph.node:
         inputs, outputs = [_plain(name) for name in node.input], [_plain(name) for name in node.output]
-        if node.op_type not in _CONVERSIONS or inputs[0] != outputs[0]:
+        converts = (node.op_type in _CONVERSIONS and inputs[0] == outputs[0]) or outputs[0] in weights
+        if not converts:
             attributes = {attribute.name: _content(attribute) for attribute in node.attribute}
             yield node.op_type, outputs[0], inputs, outputs, attributes
 
@@ -156,7 +200,7 @@ def _content(attribute: onnx.AttributeProto) -> object:
 def _plain(name: str) -> str:
     for suffix in (*SUFFIXES, QUANTISED, DEQUANTISED):
         name = name.removesuffix(suffix)
-    return name
+    return name.partition(OWN)[0]
 
 
 def _evaluate(lowered: Lowered, sample: Inputs) -> dict[str, Array]:

@@ -5,9 +5,8 @@ import dataclasses
 import io
 import json
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import onnx
 import onnx_ir as ir
@@ -17,13 +16,11 @@ from onnx_ir.passes import common
 import mobilemix
 from mobilemix.errors import InputError, TargetError, first_line
 from mobilemix.parity import noise, relative_l2
-from mobilemix.quantization.data import calibration
-from mobilemix.recipe import CALIBRATED, Recipe, opset_of
+from mobilemix.recipe import Recipe, opset_of
 from mobilemix.signature import inputs_of
 from mobilemix.targets.base import Inputs, Lowered
 from mobilemix.targets.onnx.batch import generalise, places_of
 from mobilemix.targets.onnx.half import halve
-from mobilemix.targets.onnx.quantize import Kind, quantize
 from mobilemix.targets.onnx.rewrites import PASSES, Step, rewrite
 from mobilemix.targets.onnx.runtime import read_model, trace
 from mobilemix.targets.onnx.translate import translate
@@ -46,13 +43,10 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
 
     Raises:
         UnsupportedOpError: an operator that ONNX has none for.
-        InputError: an opset before the precision's, or nothing to calibrate or to quantise.
+        InputError: an opset before the precision's.
         TargetError: torch.onnx, onnxsim or the checker refused the graph, or onnxsim changed what it computes.
         BatchError: the batch is to be left open, and cannot be.
     """
-    if recipe.precision in CALIBRATED:
-        _write_quantised(lowered, recipe, destination, steps)
-        return
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         draft, tidied, final = (Path(folder, stage, destination.name) for stage in ("draft", "tidied", "final"))
         modules = _simplify(lowered, recipe, steps, draft, tidied)
@@ -75,17 +69,28 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[S
             file.replace(destination.with_name(file.name))
 
 
-def _write_quantised(lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[Step]) -> None:
-    """The float32 file of the same opset, with products in 8 bits."""
-    samples = calibration(lowered, recipe.quantization)
+def write_changed(
+    lowered: Lowered, recipe: Recipe, destination: Path, steps: Sequence[Step], change: Callable[[Path, Path], None]
+) -> None:
+    """Write what becomes of the float32 file of the recipe's opset; raises as `write` and `change` do.
+
+    Args:
+        lowered, recipe, destination, steps: as of `write`.
+        change: reads the first file and writes the second.
+    """
     with tempfile.TemporaryDirectory(dir=destination.parent) as folder:
         full, final = (Path(folder, stage, destination.name) for stage in ("full", "final"))
         for path in (full, final):
             path.parent.mkdir()
-        write(lowered, dataclasses.replace(recipe, precision="fp32", opset=opset_of(recipe)), full, steps)
-        quantize(full, final, samples, cast(Kind, recipe.precision))
+        write(lowered, float_recipe(recipe), full, steps)
+        change(full, final)
         check(final)
         final.replace(destination)
+
+
+def float_recipe(recipe: Recipe) -> Recipe:
+    """Of the float32 file that the recipe's is made from."""
+    return dataclasses.replace(recipe, precision="fp32", opset=opset_of(recipe))
 
 
 def _simplify(lowered: Lowered, recipe: Recipe, steps: Sequence[Step], draft: Path, tidied: Path) -> Mapping[str, str]:

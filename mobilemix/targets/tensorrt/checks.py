@@ -28,7 +28,7 @@ def run(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs],
     precision = str(recipe.precision)
     found = [onnx_checks.valid(path), supported(path)]
     if precision != "fp32":
-        found += onnx_checks.rounding(lowered, recipe, path, samples, convert.STEPS)
+        found += onnx_checks.rounding(lowered, recipe, path, samples, convert.STEPS, convert.layers_of(recipe))
     engine = convert.engine_path(path)
     if not engine.exists():
         return [*found, *unbuilt(path, recipe, flavour)]

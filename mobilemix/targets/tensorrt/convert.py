@@ -1,8 +1,9 @@
 """Lowered program → ONNX file in the form that NVIDIA's parser takes → engine."""
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,9 +11,12 @@ import onnx_ir as ir
 
 from mobilemix import files
 from mobilemix.errors import InputError
-from mobilemix.recipe import LEAST_OPSETS, Recipe, opset_of
+from mobilemix.quantization.data import calibration
+from mobilemix.recipe import CALIBRATED, LEAST_OPSETS, Recipe, opset_of
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.onnx.convert import write as write_onnx
+from mobilemix.targets.onnx.convert import write_changed
+from mobilemix.targets.onnx.products import Product, kept
 from mobilemix.targets.onnx.rewrites import (
     END,
     START,
@@ -27,6 +31,7 @@ from mobilemix.targets.onnx.rewrites import (
 from mobilemix.targets.tensorrt import bindings, builder
 from mobilemix.targets.tensorrt.bindings import Flavour
 from mobilemix.targets.tensorrt.preflight import OPSETS, preflight
+from mobilemix.targets.tensorrt.quantize import Kind, layers, quantize
 from mobilemix.targets.tensorrt.refusals import unsupported
 
 
@@ -73,9 +78,21 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     newest = max(OPSETS.stop - 1, LEAST_OPSETS.get(str(recipe.precision), 0))
     if opset_of(recipe) > newest:
         raise InputError(f"{PARSER} reads opsets up to {newest}, not {recipe.opset}; leave out --opset")
-    write_onnx(lowered, recipe, destination, STEPS)
+    if recipe.precision in CALIBRATED:
+        samples, kind = calibration(lowered, recipe.quantization), cast(Kind, recipe.precision)
+        change = functools.partial(quantize, samples=samples, kind=kind, options=recipe.quantization)
+        write_changed(lowered, recipe, destination, STEPS, change)
+    else:
+        write_onnx(lowered, recipe, destination, STEPS)
     if refusals := preflight(destination):
         raise unsupported(refusals, destination, lowered.program, PARSER)
+
+
+def layers_of(recipe: Recipe) -> Callable[[ir.Graph], Iterable[Product]] | None:
+    """Which products of the float32 graph the recipe's precision quantises; None if it is none that does."""
+    if recipe.precision not in CALIBRATED:
+        return None
+    return lambda graph: layers(graph, kept(graph, recipe.quantization))
 
 
 def build(lowered: Lowered, recipe: Recipe, model: Path, flavour: Flavour) -> Mapping[str, Any]:

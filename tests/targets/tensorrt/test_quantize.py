@@ -19,23 +19,16 @@ from mobilemix.capture import capture
 from mobilemix.errors import InputError
 from mobilemix.parity import relative_l2
 from mobilemix.passes import lower
+from mobilemix.quantization.options import Quantization
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Inputs
 from mobilemix.targets.onnx import OnnxTarget, checks
-from mobilemix.targets.onnx.quantize import (
-    DEQUANTISED,
-    QUANTISED,
-    SCALE,
-    Kind,
-    by_channel,
-    products,
-    quantised,
-    quantize,
-    ranges,
-    step,
-)
+from mobilemix.targets.onnx.observation import ranges
+from mobilemix.targets.onnx.pairs import DEQUANTISED, QUANTISED, SCALE
 from mobilemix.targets.onnx.runtime import OnnxRunner
+from mobilemix.targets.tensorrt.quantize import Kind, by_channel, layers, quantised, quantize, step
 
+DEFAULT = Quantization()
 KINDS: tuple[Kind, ...] = ("int8", "fp8")
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 ERRORS = {"int8": (1e-3, 5e-2), "fp8": (1e-2, 2e-1)}
@@ -80,7 +73,7 @@ def narrow(full: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Ki
     def make(kind: Kind) -> Path:
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind) / "small.onnx"
-            quantize(full, made[kind], samples(IMAGE), kind)
+            quantize(full, made[kind], samples(IMAGE), kind, DEFAULT)
             onnx.checker.check_model(made[kind], full_check=True)
         return made[kind]
 
@@ -103,7 +96,7 @@ def compiled(folder: Path, module: nn.Module, *inputs: Tensor) -> Path:
 
 def quantised_modules(path: Path) -> list[str]:
     """Modules of the products that are to be quantised."""
-    return [str(node.name).rpartition("/")[0] for node, *_ in products(ir.load(path).graph)]
+    return [each.module for each in layers(ir.load(path).graph)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +145,7 @@ def test_results_are_those_of_eight_bits(full: Path, narrow: Callable[[Kind], Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_file_every_time(full: Path, narrow: Callable[[Kind], Path], kind: Kind, tmp_path: Path) -> None:
-    quantize(full, tmp_path / "again.onnx", samples(IMAGE), kind)
+    quantize(full, tmp_path / "again.onnx", samples(IMAGE), kind, DEFAULT)
     assert (tmp_path / "again.onnx").read_bytes() == narrow(kind).read_bytes()
 
 
@@ -230,7 +223,7 @@ def test_recurrences_stay(tmp_path: Path) -> None:
             return self.out(ops.linear_scan(inputs.sigmoid(), inputs))
 
     path = compiled(tmp_path, Scanned(), torch.randn(40, 1, 4))
-    quantize(path, tmp_path / "int8.onnx", samples((40, 1, 4)), "int8")
+    quantize(path, tmp_path / "int8.onnx", samples((40, 1, 4)), "int8", DEFAULT)
     model = ir.load(tmp_path / "int8.onnx")
     scan = [node for node in model.graph if str(node.outputs[0].name).startswith("wide_") and node.op_type != "Cast"]
     assert scan
@@ -284,9 +277,9 @@ def test_ranges_clip_outliers_of_int8_and_nothing_of_floats(tmp_path: Path) -> N
     path = compiled(tmp_path, Outlier(), torch.randn(1, 4000))
     given = {"x": np.random.default_rng(0).standard_normal((1, 4000)).astype(np.float32)}
     given["x"][0, 17] = 10
-    (name,) = (str(activation.name) for _, activation, _, _ in products(ir.load(path).graph))
-    assert ranges(path, [name], [given], "fp8") == {name: 10.0}
-    assert 3 < ranges(path, [name], [given], "int8")[name] < 10
+    (name,) = (str(each.activation.name) for each in layers(ir.load(path).graph))
+    assert ranges(path, [name], [given], "min-max", symmetric=True) == {name: (-10.0, 10.0)}
+    assert 3 < ranges(path, [name], [given], "mse", symmetric=True)[name][1] < 10
 
 
 def test_weights_on_the_left_have_channels_in_rows(tmp_path: Path) -> None:
@@ -299,8 +292,8 @@ def test_weights_on_the_left_have_channels_in_rows(tmp_path: Path) -> None:
             return self.weight @ x
 
     path = compiled(tmp_path, Left(), torch.randn(2, 6, 7))
-    ((_, _, weight, axis),) = products(ir.load(path).graph)
-    assert weight.shape[axis] == 5
+    (found,) = layers(ir.load(path).graph)
+    assert found.weight.shape[found.axis] == 5
 
 
 @pytest.mark.parametrize(
@@ -311,7 +304,7 @@ def test_what_cannot_be_quantised_is_said(module: nn.Module, opset: int, message
     source = tmp_path / "model.onnx"
     OnnxTarget().compile(onnx_cases.lower(module, torch.randn(1, 4)), Recipe(target="onnx", opset=opset), source)
     with pytest.raises(InputError, match=message):
-        quantize(source, tmp_path / "int8.onnx", [], "int8")
+        quantize(source, tmp_path / "int8.onnx", [], "int8", DEFAULT)
     assert not (tmp_path / "int8.onnx").exists()
 
 
@@ -357,8 +350,8 @@ def test_planted_faults_are_found(
 
 def test_a_product_that_was_left_out_is_found(full: Path, narrow: Callable[[Kind], Path]) -> None:
     model = onnx.load(narrow("int8"))
-    assert checks.first_float(ir.load(full), ir.from_proto(model)) is None
+    assert checks.first_float(layers(ir.load(full).graph), ir.from_proto(model)) is None
     conv = next(node for node in model.graph.node if node.op_type == "Conv")
     pairs = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type.endswith("tizeLinear")}
     conv.input[0] = pairs[pairs[conv.input[0]]]
-    assert checks.first_float(ir.load(full), ir.from_proto(model)) == f"Conv {conv.name} is not quantised"
+    assert checks.first_float(layers(ir.load(full).graph), ir.from_proto(model)) == f"Conv {conv.name} is not quantised"

@@ -1,0 +1,56 @@
+"""The quantised precisions of the ONNX target: what makes the file of each, and which of its products it changes."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mobilemix.quantization.data import calibration
+from mobilemix.recipe import Recipe
+from mobilemix.targets.base import Check, Inputs, Lowered
+from mobilemix.targets.onnx import checks, dynamic, quantize, weights
+from mobilemix.targets.onnx.convert import write_changed
+from mobilemix.targets.onnx.products import Product, kept
+from mobilemix.targets.onnx.rewrites import PASSES
+from mobilemix.targets.onnx.simulation import simulated
+
+PRECISIONS = ("int8", "int8-dynamic", "w8", "w4")
+
+
+def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
+    """Write the float32 file, quantised.
+
+    Raises:
+        InputError: data that does not fit, or nothing to quantise.
+        MobilemixError: see `mobilemix.targets.onnx.convert.write`.
+    """
+    write_changed(lowered, recipe, destination, PASSES, functools.partial(_quantize, lowered, recipe))
+
+
+def layers(graph: ir.Graph, recipe: Recipe) -> Iterable[Product]:
+    """Products of a float32 graph that are quantised in the file of a recipe."""
+    options, precision = recipe.quantization, str(recipe.precision)
+    if precision == "int8":
+        return quantize.place(graph, kept(graph, options)).layers
+    if precision == "int8-dynamic":
+        return dynamic.layers(graph, options)
+    return [each for each, _ in weights.layers(graph, options, precision)]
+
+
+def proofs(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
+    """The file is the float32 one, rounded where it should be, and ONNX Runtime's kernels compute what it says."""
+    found = checks.rounding(lowered, recipe, path, samples, layers=lambda graph: layers(graph, recipe))
+    return [*found, simulated(path, str(recipe.precision), samples)]
+
+
+def _quantize(lowered: Lowered, recipe: Recipe, source: Path, destination: Path) -> None:
+    options, precision = recipe.quantization, str(recipe.precision)
+    is_shown = precision == "int8" or options.rounding != "nearest" or options.bias_correction
+    samples = calibration(lowered, options) if is_shown else []
+    if precision == "int8":
+        quantize.quantize(source, destination, samples, options)
+    elif precision == "int8-dynamic":
+        dynamic.quantize(source, destination, samples, options)
+    else:
+        weights.quantize(source, destination, samples, options, precision)
