@@ -256,7 +256,10 @@ def quantize(
     rounding: Rounding = None,
     layer: Layers = None,
     input_: Inputs = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset version; what the precision needs if left out.")] = None,
+    mean: Annotated[str | None, typer.Option(help="As of export.")] = None,
+    std: Annotated[str | None, typer.Option(help="As of export.")] = None,
+    opset: Annotated[int | None, typer.Option(help="As of export.")] = None,
+    minimum_ios: Annotated[int | None, typer.Option(help="As of export.")] = None,
     shim: Shims = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative L2 error that passes; the precision's tier if left out.")
@@ -272,7 +275,10 @@ def quantize(
         "target": target,
         "weights": weights,
         "precision": precision or base.precision or "int8",
+        "mean": _numbers(mean),
+        "std": _numbers(std),
         "opset": opset,
+        "minimum_ios": minimum_ios,
         "shim": tuple(shim) if shim else None,
         "tolerance": tolerance,
         "quantization": _quantization(
