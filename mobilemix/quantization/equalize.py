@@ -24,8 +24,10 @@ from mobilemix.threads import spread
 
 ALPHA = 0.5
 """How much of the differences between channels goes from values to weights; 1 is all of it."""
-LARGEST, SMALLEST = 3.0, -6.0
-"""Binary logarithms of factors: values grow by no more than three bits of float16's range."""
+LARGEST, SMALLEST = 8.0, -8.0
+"""Binary logarithms of factors."""
+HEADROOM = 3.0
+"""The same of the largest that is chosen with no look at values: three bits of float16's range, for what stays in it."""
 SWEEPS = 64
 SETTLED = 1e-3
 """Change of every logarithm, in a sweep, at which no more follow."""
@@ -74,7 +76,7 @@ def cross_layer(program: ExportedProgram) -> Tensor:
             if layer.reads:
                 read.add(layer.inputs, columns.log2())
         change = (read.means() - written.means()).nan_to_num(0) / 2
-        before, exponents = exponents, _bounded(exponents + change)
+        before, exponents = exponents, _bounded(exponents + change).clamp_max(HEADROOM)
         if (exponents - before).abs().max() < SETTLED:
             break
     return exponents.round().exp2()
