@@ -71,7 +71,7 @@ def _moments(layer: Layer, x: Array, constants: Mapping[str, Constant], seed: in
     one = np.ones(len(kernel), np.int64)
     strides, dilations = (given.get(name, one).tolist() for name in ("strides", "dilations"))
     windows = [(size - 1) * step + 1 for size, step in zip(kernel, dilations, strict=True)]
-    pad = torch.from_numpy(given["pad"]) if "pad" in given else None
+    pad = torch.tensor(given["pad"]) if "pad" in given else None
     pads = paddings(str(given.get("pad_type", "valid")), pad, x.shape[2:], windows, strides)
     before_then_after = [side for sides in zip(*pads, strict=True) for side in sides]
     return moments.of_conv(x, kernel, strides, before_then_after, dilations, int(given.get("groups", 1)), seed=seed)
@@ -81,7 +81,8 @@ def _shown(runner: Runner, names: Collection[str], samples: Sequence[Inputs]) ->
     """The values with these names, some samples at a time."""
 
     def values(sample: Inputs) -> dict[str, Array]:
-        return {name: value for name, value in runner.values(sample) if name in names}
+        inputs = {name: value for name, value in sample.items() if name in names}
+        return inputs | {name: value for name, value in runner.values(sample) if name in names}
 
     with counting("calibration sample", len(samples)) as step:
         for start in range(0, len(samples), AT_ONCE):

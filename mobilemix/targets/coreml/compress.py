@@ -71,7 +71,7 @@ def _constexpr(form: Form, weight: MilOperation) -> Any:
     name = f"{weight.outputs[0].name}_compressed"
     if isinstance(form, Integers):
         return constexpr._construct_constexpr_dequant_op(
-            form.data, None, form.scale, axis=0, name=name, before_op=weight
+            form.data, np.int8(0), form.scale, axis=0, name=name, before_op=weight
         )
     return constexpr._construct_constexpr_lut_op(form.indices, form.tables, name=name, before_op=weight)
 
