@@ -27,8 +27,8 @@ OPTIMISATION_TOLERANCE = {"fp32": 1e-5, "fp16": TIERS["fp16"].relative_l2}
 
 _CONVERSIONS = ("Cast", "QuantizeLinear", "DequantizeLinear")
 
-WEIGHTS_ONLY = ("w8", "w4")
-"""Precisions that leave activations as they are."""
+WEIGHTS_ONLY = ("int8-dynamic", "w8", "w4")
+"""Precisions of which the file says nothing about activations."""
 
 NEAR = 0.1
 """Share of float16's largest number from which a magnitude is named."""
@@ -69,6 +69,7 @@ def rounding(
     samples: Sequence[Inputs],
     steps: Sequence[Step] = PASSES,
     layers: Callable[[ir.Graph], Iterable[Product]] | None = None,
+    restore: Callable[[ir.Model], None] | None = None,
 ) -> list[Check]:
     """A file of less precision is its float32 twin, rounded; the twin is right; and float16 can hold what it computes.
 
@@ -78,17 +79,21 @@ def rounding(
         lowered, recipe, path, samples: as of `Target.checks`.
         steps: rewrites that the file was written with.
         layers: of a quantised file, the products of the float32 graph that have to be quantised in it.
+        restore: turns operators of integers back into those of dequantised numbers, in place.
     """
     precision = str(recipe.precision)
     with tempfile.TemporaryDirectory() as folder:
         twin_path = Path(folder) / path.name
         write(lowered, float_recipe(recipe), twin_path, steps)
         twin = OnnxRunner(twin_path)
-        difference = first_difference(onnx.load(twin_path), onnx.load(path), recipe.quantization)
+        narrow = ir.load(path)
+        if restore is not None:
+            restore(narrow)
+        difference = first_difference(onnx.load(twin_path), ir.to_proto(narrow), recipe.quantization)
         if layers is not None:
             weights_only = precision in WEIGHTS_ONLY
             found = layers(ir.load(twin_path).graph)
-            difference = difference or first_float(found, ir.load(path), weights_only)
+            difference = difference or first_float(found, narrow, weights_only)
         peaks = [(_peak(value), name) for sample in samples for name, value in twin.values(sample)]
         errors = [error for sample in samples for error in errors_of(twin.run(sample), _evaluate(lowered, sample))]
     checks = [
@@ -185,8 +190,13 @@ def _shape_of(graph: onnx.GraphProto, weights: Collection[str] = ()) -> Iterator
         inputs, outputs = [_plain(name) for name in node.input], [_plain(name) for name in node.output]
         converts = (node.op_type in _CONVERSIONS and inputs[0] == outputs[0]) or outputs[0] in weights
         if not converts:
-            attributes = {attribute.name: _content(attribute) for attribute in node.attribute}
+            attributes = {each.name: _content(each) for each in node.attribute if not _is_default(node, each)}
             yield node.op_type, outputs[0], inputs, outputs, attributes
+
+
+def _is_default(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> bool:
+    defined = onnx.defs.get_schema(node.op_type, domain=node.domain).attributes.get(attribute.name)
+    return defined is not None and attribute == defined.default_value
 
 
 def _content(attribute: onnx.AttributeProto) -> object:

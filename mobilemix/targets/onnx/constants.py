@@ -14,9 +14,6 @@ SHAPE = ".shape"
 
 SLACK = 1e-4
 """Relative, of comparisons with half a step: what float32 and float16 scales leave."""
-FINEST = 1.05
-"""Largest ratio of a step to the one at which the largest number of its slice is the type's largest."""
-_LARGEST = {"int4": 7, "int8": 127}
 _FLOAT8 = 2.0**-4, 2.0**-10
 """Half of the distance between two 8-bit floats: relative to them, and of the smallest in scales."""
 
@@ -97,4 +94,5 @@ def _computed(node: onnx.NodeProto, content: Array, others: list[Array]) -> Arra
     if others[0].ndim == 1:
         shape = [-1 if other == axis else 1 for other in range(content.ndim)]
         scale, zero = scale.reshape(shape), zero.reshape(shape) if zero.ndim else zero
-    return (content - zero) * scale
+    result: Array = (content - zero) * scale
+    return result

@@ -25,6 +25,8 @@ from mobilemix.targets.onnx.rewrites.constants import constant
 from mobilemix.targets.onnx.weights import hold
 
 _INTEGER = "MatMulInteger"
+_TURNED, _PRODUCT = ".turned", ".product"
+"""What the names of a transposed weight, and of a product to which a bias is to be added, end in."""
 
 
 def quantize(source: Path, destination: Path, samples: Sequence[Inputs], options: Quantization) -> None:
@@ -73,9 +75,12 @@ def layers(graph: ir.Graph, options: Quantization) -> list[Product]:
 
 
 def _is_matrix_product(layer: Product) -> bool:
-    attributes = layer.node.attributes
+    """Whether it is x·w, or the Gemm x·w + b; what is neither holds its weight."""
+    node, attributes = layer.node, layer.node.attributes
+    if node.op_type == "MatMul":
+        return layer.place == 1 and layer.has_rows()
     scaled = any(attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
-    return layer.node.op_type != "Conv" and layer.place == 1 and layer.has_rows() and not scaled
+    return node.op_type == "Gemm" and layer.has_rows() and not scaled and len(node.inputs) == 3
 
 
 def _multiply_integers(
@@ -86,46 +91,79 @@ def _multiply_integers(
     known: Moments | None,
     made: dict[ir.Value, Sequence[ir.Value]],
 ) -> None:
-    node, form, content, name = (
-        layer.node,
-        FORMATS[options.format],
-        constant(layer.weight),
-        own(layer.weight, layer.node),
-    )
-    output, activation = node.outputs[0], layer.activation
+    node, form, name = layer.node, FORMATS[options.format], own(layer.weight, layer.node)
+    output, content = node.outputs[0], constant(layer.weight)
     grid = form.weight(largest(content, layer.axis), layer.axis)
-    integers = integers_of(layer, content, grid, options, known)
-    held = pairs.constant(f"{name}{QUANTISED}", integers)
+    held = pairs.constant(f"{name}{QUANTISED}", integers_of(layer, content, grid, options, known))
     if layer.axis == 0:
-        shape = integers.shape[::-1]
-        held = pairs.add(ir.node("Transpose", [held], {"perm": [1, 0]}), f"{name}.turned", shape, node, held.dtype)
-    if activation not in made:
-        rounding = ir.node("DynamicQuantizeLinear", [activation], num_outputs=3)
-        types = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
-        for value, ending, dtype in zip(rounding.outputs, (QUANTISED, SCALE, ZERO), types, strict=True):
-            value.name, value.type = f"{activation.name}{ending}", ir.TensorType(dtype)
-            value.shape = activation.shape if ending == QUANTISED else ir.Shape(())
-        graph.insert_before(node, rounding)
-        made[activation] = rounding.outputs
-    rounded, scale, zero = made[activation]
-    # The weight's zero point is left out where it is 0.
-    middle = [] if form.signed_weights else [pairs.constant(f"{name}{ZERO}", zeros(grid).reshape(-1))]
+        turned = ir.node("Transpose", [held], {"perm": [1, 0]})
+        held = pairs.add(turned, f"{name}{_TURNED}", content.shape[::-1], node, held.dtype)
+    if layer.activation not in made:
+        made[layer.activation] = _rounded(layer.activation, graph, node)
+    rounded, scale, zero = made[layer.activation]
+    middle = [] if form.signed_weights else [pairs.constant(f"{name}{ZERO}", zeros(grid))]
     product = ir.node(_INTEGER, [rounded, held, zero, *middle])
     sums = pairs.add(product, f"{output.name}.sums", output.shape, node, ir.DataType.INT32)
     cast = pairs.add(ir.node("Cast", [sums], {"to": ir.DataType.FLOAT}), f"{output.name}.cast", output.shape, node)
     steps = pairs.constant(f"{name}{SCALE}", grid.scale)
     both = pairs.add(ir.node("Mul", [scale, steps]), f"{output.name}{SCALE}", grid.scale.shape, node)
     last = ir.node("Mul", [cast, both])
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        scaled = pairs.add(last, f"{output.name}.product", output.shape, node)
-        last = ir.node("Add", [scaled, node.inputs[2]])
+    if node.op_type == "Gemm":
+        last = ir.node("Add", [pairs.add(last, f"{output.name}{_PRODUCT}", output.shape, node), node.inputs[2]])
     last.name = node.name
     ir.convenience.replace_nodes_and_values(graph, node, [node], [last], [output], last.outputs)
+
+
+def _rounded(value: ir.Value, graph: ir.Graph, before: ir.Node) -> Sequence[ir.Value]:
+    """The integers of a value, their scale and their zero point."""
+    node = ir.node("DynamicQuantizeLinear", [value], num_outputs=3)
+    types = (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
+    for made, ending, dtype in zip(node.outputs, (QUANTISED, SCALE, ZERO), types, strict=True):
+        made.name, made.type = f"{value.name}{ending}", ir.TensorType(dtype)
+        made.shape = value.shape if ending == QUANTISED else ir.Shape(())
+    graph.insert_before(before, node)
+    return tuple(node.outputs)
 
 
 def in_float(model: ir.Model) -> None:
     """Turn each product of integers of such a file back into one of floats, in place, for comparison.
 
-    Before:   x → DynamicQuantizeLinear → MatMulInteger(w') → Cast → Mul(scale of x · scale of w) → y
-    After:    x → MatMul(DequantizeLinear(w')) → y
+    Before:   x → DynamicQuantizeLinear → MatMulInteger(w') → Cast → Mul(scale of x · scale of w) → Add(b) → y
+    After:    x → Gemm(DequantizeLinear(w'), b) → y
+
+    What is wired otherwise stays, and is no product of a float graph.
     """
+    graph, pairs = model.graph, Pairs(model.graph)
+    for node in [node for node in graph if node.op_type == _INTEGER]:
+        rounded, held, zero, *middle = node.inputs
+        rounding, scaled = _maker(rounded), _reader(_reader(node))
+        scale, steps = _maker(scaled.inputs[1]).inputs
+        assert held is not None
+        assert steps is not None
+        if [rounded, scale, zero] != list(rounding.outputs):
+            continue
+        turned = held.producer()
+        weight = held if turned is None else turned.inputs[0]
+        assert weight is not None
+        name, axis = str(weight.name).removesuffix(QUANTISED), int(turned is None)
+        floats = pairs.read(weight, steps, middle[0] if middle else None, name, node, axis=axis)
+        if str(scaled.outputs[0].name).endswith(_PRODUCT):
+            last = _reader(scaled)
+            product = ir.node("Gemm", [*rounding.inputs, floats, last.inputs[1]], {"transB": 1 - axis})
+        else:
+            last, product = scaled, ir.node("MatMul", [*rounding.inputs, floats])
+        product.name = last.name
+        ir.convenience.replace_nodes_and_values(graph, last, [last], [product], last.outputs, product.outputs)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _reader(node: ir.Node) -> ir.Node:
+    (user, _), *_ = node.outputs[0].uses()
+    return user
+
+
+def _maker(value: ir.Value | None) -> ir.Node:
+    assert value is not None
+    node = value.producer()
+    assert node is not None
+    return node

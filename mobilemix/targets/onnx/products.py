@@ -51,12 +51,12 @@ class Product:
     @property
     def depthwise(self) -> bool:
         """Whether each channel is convolved by itself."""
-        return self.node.op_type == "Conv" and self.weight.shape[1] == 1 and self.groups > 1
+        return self.node.op_type == "Conv" and int(self.weight.shape[1]) == 1 and self.groups > 1
 
     @property
     def groups(self) -> int:
         """Of a convolution."""
-        return self.node.attributes.get_int("group", 1)
+        return int(self.node.attributes.get_int("group", 1))
 
     def rows(self, content: Array) -> Array:
         """The weight, of its own shape, as (O, K): a row for each output channel. Only of convolutions and matrices."""
@@ -159,4 +159,5 @@ def integers_of(layer: Product, content: Array, grid: Grid, options: Quantizatio
 
 def largest(content: Array, axis: int) -> Array:
     """Magnitude of each slice along an axis."""
-    return np.abs(content).max(axis=tuple(other for other in range(content.ndim) if other != axis))
+    found: Array = np.abs(content).max(axis=tuple(other for other in range(content.ndim) if other != axis))
+    return found

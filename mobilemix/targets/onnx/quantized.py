@@ -40,7 +40,9 @@ def layers(graph: ir.Graph, recipe: Recipe) -> Iterable[Product]:
 
 def proofs(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
     """The file is the float32 one, rounded where it should be, and ONNX Runtime's kernels compute what it says."""
-    found = checks.rounding(lowered, recipe, path, samples, layers=lambda graph: layers(graph, recipe))
+    restore = dynamic.in_float if recipe.precision == "int8-dynamic" else None
+    chosen = functools.partial(layers, recipe=recipe)
+    found = checks.rounding(lowered, recipe, path, samples, layers=chosen, restore=restore)
     return [*found, simulated(path, str(recipe.precision), samples)]
 
 

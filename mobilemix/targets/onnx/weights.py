@@ -83,6 +83,7 @@ def _has_blocks(layer: Product) -> bool:
 
 
 def hold(layer: Product, bits: int, pairs: Pairs, options: Quantization, known: Moments | None) -> None:
+    """Replace the weight of a product by integers of 8 or 4 bits and what turns them into float32, in place."""
     node, content, name = layer.node, constant(layer.weight), own(layer.weight, layer.node)
     grid, parts = blocks(layer, content) if bits == 4 else (_by_channel(layer, content), content.shape)
     integers = integers_of(layer, content, grid, options, known)
@@ -100,8 +101,9 @@ def hold(layer: Product, bits: int, pairs: Pairs, options: Quantization, known: 
     node.replace_input_with(layer.place, made)
     if options.bias_correction and known is not None and len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = node.inputs[2]
-        rows = (layer.rows(each) for each in (content, from_integers(integers, grid)))
-        node.replace_input_with(2, pairs.constant(own(bias, node), constant(bias) + bias_correction(*rows, known)))
+        numbers = from_integers(integers, grid)
+        corrected = constant(bias) + bias_correction(layer.rows(content), layer.rows(numbers), known)
+        node.replace_input_with(2, pairs.constant(own(bias, node), corrected))
 
 
 def _by_channel(layer: Product, content: Array) -> Grid:
