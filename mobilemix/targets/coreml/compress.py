@@ -154,4 +154,4 @@ def _fake(value: Output, grid: Grid) -> Iterator[Operation]:
 
 
 def _held(content: Array, dtype: str) -> Constant:
-    return Constant(dtype, content.shape, lambda: content)
+    return Constant(dtype, content.shape, lambda: np.asarray(content))
