@@ -16,8 +16,8 @@ from mobilemix.targets.coreml.weights import spread
 HALF = "_cast_fp16"
 """What coremltools appends to the names of values that it casts to float16."""
 
-_ROUNDING = 2.0**-10
-"""Of float16, twice relative: the float weight was rounded to it before, and its compressed form after."""
+_ROUNDING, _LEAST = 2.0**-10, 2.0**-24
+"""Of float16, relative and, where it is subnormal, absolute: the weight was rounded to it before, its form after."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Weight:
             groups = weight.reshape(len(self.palette), -1, 1).astype(np.float64)
             least = [np.abs(rows - own).min(1) for rows, own in zip(groups, self.palette, strict=True)]
             error -= np.concatenate(least).reshape(weight.shape)
-        beyond: Array = error - _ROUNDING * np.abs(weight)
+        beyond: Array = error - _ROUNDING * np.abs(weight) - _LEAST
         return beyond
 
 

@@ -10,6 +10,8 @@ What stays in floating point, and why:
 - the values of layers that read a spectrum: its first coefficient is larger than most by a factor of the image's side,
   so that one scale for all leaves few steps to the others. The weights of such layers are compressed;
 - the values of depthwise convolutions: one scale for channels that no weights mix;
+- the values of layers that read one vector, as heads and gates of channels do: they take as long as their weights take
+  to read, and a vector of means has few numbers to tell its range by;
 - softmax, norms, means, gates, products of two values, such as attention's scores and what a state-space mixer writes
   and reads, and recurrences of scans, in whose states an error stays: Core ML has no 8-bit form of them;
 - sums of residual branches, which go on in floating point to norms and further sums;
@@ -92,10 +94,18 @@ def layers(package: Package, lowered: Lowered) -> list[Layer]:
         shape = cast(tuple[int, ...], constants[weight])
         if math.prod(shape) >= LEAST:
             module = _module(node)
-            stays = activation in spectra or (operation.type == "conv" and shape[1] == 1)
+            depthwise = operation.type == "conv" and shape[1] == 1
+            stays = depthwise or activation in spectra or _positions(operation) == 1
             name = f"{module}/{value}" if module else value
             found.append(Layer(name, module, operation, weight, shape, None if stays else activation))
     return found
+
+
+def _positions(operation: Operation) -> int:
+    """For how many columns of numbers a layer multiplies its weights."""
+    shape = operation.outputs[0].shape
+    places = shape[2:] if operation.type == "conv" else shape[:-1]
+    return math.prod(size or 0 for size in places)
 
 
 def _nodes(lowered: Lowered) -> dict[str, fx.Node]:
