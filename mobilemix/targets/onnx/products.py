@@ -151,7 +151,7 @@ def integers_of(layer: Product, content: Array, grid: Grid, options: Quantizatio
     if options.rounding == "nearest" or known is None:
         return to_integers(content, grid)
     if grid.axis is None:
-        by_row = dataclasses.replace(grid, scale=layer.rows(grid.scale))
+        by_row = dataclasses.replace(grid, scale=layer.rows(grid.scale), zero_point=layer.rows(grid.zero_point))
     else:
         by_row = dataclasses.replace(grid, axis=0)
     return layer.shaped(adaround(layer.rows(content), by_row, known))
