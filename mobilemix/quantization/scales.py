@@ -243,7 +243,7 @@ class Families:
 
     def _moved(self, node: fx.Node) -> Tensor | list[Tensor]:
         """Let the operator move the families as it moves the numbers."""
-        expanded = {x: self._of(x).expand(node_shape(x)) for x in node.all_input_nodes}
+        expanded = {x: self._of(x).expand(node_shape(x)).contiguous() for x in node.all_input_nodes}
         args, kwargs = pytree.tree_map(
             lambda item: expanded.get(item, item) if isinstance(item, fx.Node) else item, (node.args, node.kwargs)
         )
@@ -303,11 +303,14 @@ class Families:
         return self._of(b if self._is_fixed(a) else a)
 
     def _alike(self, x: fx.Node, axes: Collection[int]) -> Tensor:
-        """Families of a value, that do not differ along these axes: where they did, they are fixed."""
-        if any(self._of(x).shape[axis] > 1 for axis in axes):
-            self._fix(x)
-            self._names[x] = torch.full([1] * len(node_shape(x)), FIXED)
-        return self._of(x)
+        """Families of a value, which along these axes are tied to be one."""
+        names = self._of(x)
+        for axis in axes:
+            if names.shape[axis] > 1:
+                first = names.narrow(axis, 0, 1)
+                self._tie(names, first)
+                names = self._names[x] = first
+        return names
 
     def _of(self, x: fx.Node) -> Tensor:
         names = self._names.get(x)
@@ -367,7 +370,6 @@ def _covers(constant: Tensor, names: Tensor) -> bool:
 def _compressed(names: Tensor) -> Tensor:
     """With size 1 along each axis on which families do not differ."""
     for axis, size in enumerate(names.shape):
-        first = names.narrow(axis, 0, 1)
-        if size > 1 and (names == first).all():
+        if size > 1 and (names == (first := names.narrow(axis, 0, 1))).all():
             names = first
     return names

@@ -216,6 +216,27 @@ def test_a_shuffled_channel_stays_in_its_family() -> None:
     assert last.inputs.tolist() == first.outputs[[0, 2, 1, 3]].tolist()
 
 
+class Moves(nn.Module):
+    """Every operator that only moves channels or positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        y = nn.functional.pixel_shuffle(x, 2).flip(3).roll(1, 2)
+        y = torch.cat([y, y.narrow(1, 0, 1)[:, :, :0]], 2).repeat(1, 2, 1, 1)
+        first, second = y.movedim(1, -1).contiguous().split([1, 1], -1)
+        y = torch.stack([first.select(-1, 0), second.unbind(-1)[0]], 1)
+        y = y.unsqueeze(2).expand(n, 2, c // 2, 2 * h, 2 * w).clone().view(n, c, 2 * h, 2 * w)
+        return y.chunk(2, 2)[0]
+
+
+def test_whatever_moves_numbers_moves_their_families() -> None:
+    families, program = layers(Moves(), nn.ReLU())
+    assert families.count == 2, "pixels of all channels lie side by side, and the last layer reads them as one"
+    x = torch.randn(1, WIDTH, SIDE, SIDE)
+    (one,), (other,) = run(scaled(program), x), run(program, x)
+    assert torch.equal(one, other)
+
+
 def test_a_triple_has_two_sets_of_families() -> None:
     families, _ = layers(BLOCKS["depthwise"](), nn.ReLU())
     first, middle, last = families.layers
