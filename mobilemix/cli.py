@@ -324,7 +324,7 @@ def quantize(
         for table in tables(found.report):
             _console().print(table)
         _print_export(made)
-        typer.echo(" · ".join(("recipe", str(found.recipe), *(["report", str(found.page)] if found.page else []))))
+        typer.echo(" · ".join((f"recipe {found.recipe}", *([f"report {found.page}"] if found.page else []))))
     if found.page is None:
         typer.echo("note: the report's page needs plotly; pip install 'mobilemix[report]'", err=True)
     if not made.parity.passed:

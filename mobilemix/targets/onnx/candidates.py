@@ -1,9 +1,11 @@
 """Choices of layers to quantise, of one float32 graph that is written and observed once and then mixed in memory."""
 
 import dataclasses
+import glob
 import json
 import math
 import statistics
+import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,16 +18,17 @@ import onnxruntime as ort
 
 from mobilemix.errors import UnknownNameError
 from mobilemix.quantization.data import calibration
+from mobilemix.quantization.options import FLOAT
 from mobilemix.quantization.sensitivity import Layer, Run
 from mobilemix.recipe import Recipe, opset_of
 from mobilemix.targets.base import Array, Inputs, Lowered
+from mobilemix.targets.onnx import dynamic, weights
 from mobilemix.targets.onnx.convert import write
 from mobilemix.targets.onnx.observation import layer_moments, ranges
 from mobilemix.targets.onnx.products import Product, kept, product
 from mobilemix.targets.onnx.quantize import OBSERVER, insert, place
+from mobilemix.targets.onnx.quantized import PRECISIONS, layers
 
-PRECISIONS = ("int8",)
-"""That are mixed with float."""
 TIMED = 10
 """Runs of which a node's time is the median."""
 
@@ -49,17 +52,19 @@ class Candidates:
         """
         if recipe.precision not in PRECISIONS:
             raise UnknownNameError("ONNX precision to mix with float", str(recipe.precision), PRECISIONS)
-        self._path, self._options = folder / f"{lowered.name}.onnx", recipe.quantization
+        self._path, self._recipe = folder / f"{lowered.name}.onnx", recipe
         write(lowered, dataclasses.replace(recipe, precision="fp32", opset=opset_of(recipe)), self._path)
-        samples = calibration(lowered, self._options)
+        self._samples = calibration(lowered, recipe.quantization)
         graph = ir.load(self._path).graph
-        self._left = kept(graph, self._options)
-        placement = place(graph, self._left)
-        observer = self._options.observer or OBSERVER
-        self._ranges = ranges(self._path, placement.observed, samples, observer, symmetric=False)
-        self._moments = layer_moments(self._path, placement.layers, samples, self._options)
-        seconds = node_seconds(self._path, samples[0])
-        self.layers = [_layer(product, seconds) for product in placement.layers]
+        found = list(layers(graph, recipe))
+        if recipe.precision == "int8":
+            observer = recipe.quantization.observer or OBSERVER
+            self._left = kept(graph, recipe.quantization)
+            names = place(graph, self._left).observed
+            self._ranges = ranges(self._path, names, self._samples, observer, symmetric=False)
+            self._moments = layer_moments(self._path, found, self._samples, recipe.quantization)
+        seconds = node_seconds(self._path, self._samples[0])
+        self.layers = [_layer(product, seconds) for product in found]
 
     def reference(self, watched: Sequence[str] = ()) -> Run:
         """See `Quantizable`."""
@@ -67,9 +72,27 @@ class Candidates:
 
     def runner(self, float_layers: Collection[str], watched: Sequence[str] = ()) -> Run:
         """See `Quantizable`."""
+        make = self._in_integers if self._recipe.precision == "int8" else self._written
+        return _run(make(float_layers), watched)
+
+    def _in_integers(self, float_layers: Collection[str]) -> onnx.ModelProto:
+        """With the ranges and moments that were observed once."""
         model = ir.load(self._path)
-        insert(model, self._ranges, self._options, self._left.union(float_layers), self._moments)
-        return _run(ir.to_proto(model), watched)
+        insert(model, self._ranges, self._recipe.quantization, self._left.union(float_layers), self._moments)
+        return ir.to_proto(model)
+
+    def _written(self, float_layers: Collection[str]) -> onnx.ModelProto:
+        """As the file is; these precisions need no range."""
+        options = self._recipe.quantization
+        more = tuple((glob.escape(name), FLOAT) for name in float_layers)
+        options = dataclasses.replace(options, layers=(*options.layers, *more))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, self._path.name)
+            if self._recipe.precision == "int8-dynamic":
+                dynamic.quantize(self._path, path, self._samples, options)
+            else:
+                weights.quantize(self._path, path, self._samples, options, str(self._recipe.precision))
+            return onnx.load(path)
 
 
 def _run(model: onnx.ModelProto, watched: Sequence[str]) -> Run:
