@@ -21,6 +21,9 @@ from mobilemix.targets.coreml.package import Argument, Constant, Operation, Outp
 from mobilemix.targets.coreml.plan import Plan, Rounded
 from mobilemix.targets.coreml.weights import Dense, Form, Integers
 
+DEQUANTIZED = "_dequantized"
+"""What the name of a rounded value ends in."""
+
 
 def compress_package(source: Path, plan: Plan, destination: Path) -> None:
     """Write the float package `source` again, compressed; `destination` does not exist.
@@ -97,7 +100,7 @@ def _pair(value: Any, grid: Grid, reader: MilOperation) -> Any:
         name=f"{value.name}_quantized",
         before_op=reader,
     )
-    return mb.dequantize(input=integers, **terms, name=f"{value.name}_dequantized", before_op=reader)
+    return mb.dequantize(input=integers, **terms, name=f"{value.name}{DEQUANTIZED}", before_op=reader)
 
 
 class Compressed(Protocol):
@@ -133,7 +136,7 @@ def _simulated(package: Package, compressed: Compressed) -> Iterator[Operation]:
             if read not in pairs:
                 pairs.add(read)
                 yield from _fake(declared[read], values[read].grid)
-            yield dataclasses.replace(operation, inputs={**operation.inputs, "x": (f"{read}_dequantized",)})
+            yield dataclasses.replace(operation, inputs={**operation.inputs, "x": (f"{read}{DEQUANTIZED}",)})
         else:
             yield operation
 
@@ -142,7 +145,7 @@ def _fake(value: Output, grid: Grid) -> Iterator[Operation]:
     """The two operations of a pair."""
     dtype = np.dtype(grid.dtype).name
     integers = Output(f"{value.name}_quantized", dtype, value.shape)
-    result = Output(f"{value.name}_dequantized", value.dtype, value.shape)
+    result = Output(f"{value.name}{DEQUANTIZED}", value.dtype, value.shape)
     terms: dict[str, Argument] = {
         "scale": (_held(grid.scale, value.dtype),),
         "zero_point": (_held(grid.zero_point, dtype),),

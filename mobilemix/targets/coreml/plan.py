@@ -110,7 +110,7 @@ def planned(package: Package, lowered: Lowered, recipe: Recipe, runner: Runner) 
         name: compress(constants[name].array.astype(np.float32), precision, recipe.minimum_ios, moments.get(layer.name))
         for name, (layer, precision) in by_weight(chosen).items()
     }
-    return Plan(weights, _values(package, chosen, recipe, runner, samples))
+    return Plan(weights, rounded_values(package, chosen, recipe, runner, samples))
 
 
 def by_weight(chosen: Sequence[tuple[Layer, str]]) -> dict[str, tuple[Layer, str]]:
@@ -147,13 +147,14 @@ def choose(found: Sequence[Layer], recipe: Recipe) -> list[tuple[Layer, str]]:
     return chosen
 
 
-def _values(
+def rounded_values(
     package: Package,
     chosen: Sequence[tuple[Layer, str]],
     recipe: Recipe,
     runner: Runner,
     samples: Callable[[], list[Inputs]],
 ) -> dict[str, Rounded]:
+    """What int8 layers read, by name, in 8 bits of the range that samples show; see `planned`."""
     readers: dict[str, set[str]] = defaultdict(set)
     for layer, precision in chosen:
         if precision == "int8" and layer.value is not None:

@@ -15,17 +15,20 @@ import numpy as np
 from PIL import Image
 
 from mobilemix import parity
+from mobilemix.errors import InputError
 from mobilemix.passes import lower_scans
+from mobilemix.quantization.data import calibration
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import FAINT, Audit, audit
 from mobilemix.targets.coreml.compress import compress_package, simulated
-from mobilemix.targets.coreml.compression import compression
+from mobilemix.targets.coreml.compression import Compression, compression
 from mobilemix.targets.coreml.convert import NORMALISATION_KEY, STORED_DTYPES, convert, quiet
 from mobilemix.targets.coreml.equivalence import Equivalence, compare
 from mobilemix.targets.coreml.executor import Executor
+from mobilemix.targets.coreml.layers import layers
 from mobilemix.targets.coreml.package import Package, read_package
-from mobilemix.targets.coreml.plan import LEAST_IOS, check_options, planned
+from mobilemix.targets.coreml.plan import LEAST_IOS, check_options, choose, planned, rounded_values
 from mobilemix.targets.coreml.proof import simulation_check, values_check, weights_check
 from mobilemix.threads import spread
 
@@ -139,9 +142,32 @@ def _compression_checks(
         _equivalence_check(equivalence, str(recipe.precision)),
         weights_check(found, build.package, lowered, recipe),
     ]
-    if found.values:
-        checks.append(values_check(found, build, simulation, samples[-1]))
+    if found.values or str(recipe.precision) == "int8":
+        checks.append(_values_check(found, build, simulation, lowered, recipe, samples[-1]))
     return [*checks, _range_check(ranges), simulation_check(spread(runner.run, samples), answers)]
+
+
+def _values_check(
+    found: Compression,
+    build: PackageRunner,
+    simulation: PackageRunner,
+    lowered: Lowered,
+    recipe: Recipe,
+    sample: Inputs,
+) -> Check:
+    """Observe the float package again, or read what was observed of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, f"float{CoreMLTarget.suffix}")
+        convert(lowered, dataclasses.replace(recipe, precision="fp16"), source)
+        runner = PackageRunner(read_package(source))
+        chosen = choose(layers(runner.package, lowered), recipe)
+        try:
+            planned = rounded_values(
+                runner.package, chosen, recipe, runner, lambda: calibration(lowered, recipe.quantization)
+            )
+        except InputError as error:
+            return Check("rounded values", None, f"they cannot be observed again: {error}")
+        return values_check(found, planned, build, simulation, sample)
 
 
 def _executed(
