@@ -1,7 +1,7 @@
 """Verification of a LiteRT file beyond its outputs."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from mobilemix.parity import relative_l2
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import LARGEST_HALF, Array, Check, Inputs, Lowered
 from mobilemix.targets.litert import flatbuffer
-from mobilemix.targets.litert.convert import float_build
+from mobilemix.targets.litert.convert import float_build, layers_of
 from mobilemix.targets.litert.flatbuffer import Model
-from mobilemix.targets.litert.quantize import HALF_SUFFIX
+from mobilemix.targets.litert.quantize import HALF_SUFFIX, kept
 from mobilemix.targets.litert.runtime import LiteRTRunner
 
 TWIN_TOLERANCE = 1e-5
@@ -28,9 +28,12 @@ def run(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs])
     if recipe.precision in ("fp16", "int8"):
         twin = LiteRTRunner(float_build(lowered.program, lowered.input_names, lowered.output_names))
         found.append(_twin(lowered, twin, samples))
-        found += (
-            halves(twin, runner.model, samples) if recipe.precision == "fp16" else [integers(twin.model, runner.model)]
-        )
+        if recipe.precision == "fp16":
+            found += halves(twin, runner.model, samples)
+        else:
+            found.append(integers(twin.model, runner.model))
+            if names := kept(twin.model, recipe.quantization, layers_of(lowered)):
+                found.append(floats(runner.model, names))
     return found
 
 
@@ -110,6 +113,21 @@ def integers(full: Model, quantised: Model) -> Check:
         count > 0 and worst <= 0.5 + 1e-3,
         f"{count} weights, worst {worst:.3f} steps, {where}",
     )
+
+
+def floats(model: Model, names: Collection[str]) -> Check:
+    """Operators that should stay in float compute in it; their results may be rounded for the next one."""
+    integers = sorted(
+        name
+        for graph in model.subgraphs
+        for each in graph.operators
+        for name in [flatbuffer.text(graph.tensors[each.outputs[0]].name).removesuffix("_quantized")]
+        if name in names
+        and flatbuffer.operator(model, each) != "QUANTIZE"
+        and flatbuffer.dtype(graph.tensors[each.outputs[0]]) == "int8"
+    )
+    detail = f"{integers[0]} is not" if integers else f"operators that do: {len(names)}"
+    return Check("layers that stay in float", not integers, detail)
 
 
 def _twin(lowered: Lowered, twin: LiteRTRunner, samples: Sequence[Inputs]) -> Check:

@@ -14,8 +14,9 @@ from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.litert import flatbuffer, metadata
 from mobilemix.targets.litert.flatbuffer import Model
-from mobilemix.targets.litert.quantize import to_half, to_int8
+from mobilemix.targets.litert.quantize import Layer, refuse, to_half, to_int8
 from mobilemix.targets.litert.quiet import load_converter, quiet
+from mobilemix.targets.litert.runtime import SIGNATURE
 
 _MISSING = re.compile(r"Lowering not found: (\S+)")
 
@@ -26,13 +27,14 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     Raises:
         UnsupportedOpError: an operator that LiteRT has none for.
         TargetError: litert-torch refused the graph.
-        InputError: int8 for a model that there is nothing to calibrate on.
+        InputError: int8 for a model that there is nothing to calibrate on, or with options that LiteRT has no use for.
     """
     # First: what cannot be calibrated should not cost a conversion.
+    refuse(recipe.quantization)
     samples = calibration(lowered, recipe.quantization) if recipe.precision == "int8" else []
     content = float_build(lowered.program, lowered.input_names, lowered.output_names)
     if samples:
-        content = to_int8(content, samples)
+        content = to_int8(content, samples, recipe.quantization, layers_of(lowered))
     model = flatbuffer.parse(content)
     if recipe.precision != "fp32":
         to_half(model)  # of an int8 model what it computes in float32
@@ -56,6 +58,18 @@ def float_build(program: ExportedProgram, input_names: tuple[str, ...], output_n
     model = flatbuffer.parse(content)
     _name_values(model, program)
     return flatbuffer.pack(model)
+
+
+def layers_of(lowered: Lowered) -> dict[str, Layer]:
+    """Names of values in the file → the layer that computes them."""
+    layers = {}
+    for node in lowered.program.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        module = stack[-1][0] if stack else ""
+        layers[node.name] = Layer(f"{module}/{node.name}" if module else node.name, module)
+    values = lowered.program.graph_signature.user_outputs
+    outputs = {f"{SIGNATURE}_{name}_output": value for name, value in zip(lowered.output_names, values, strict=True)}
+    return layers | {name: layers[value] for name, value in outputs.items() if value in layers}
 
 
 def _describe_missing(program: ExportedProgram, name: str) -> str:

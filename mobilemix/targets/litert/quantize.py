@@ -1,12 +1,19 @@
 """Smaller numbers: a float32 LiteRT model as the float16 or the int8 one."""
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from mobilemix.errors import InputError
+from mobilemix.quantization import cache
+from mobilemix.quantization.observers import OBSERVERS, Observer
+from mobilemix.quantization.options import FLOAT, Quantization, precision_of
 from mobilemix.targets.base import LARGEST_HALF, Array, Inputs
 from mobilemix.targets.litert import flatbuffer
 from mobilemix.targets.litert.flatbuffer import Model
@@ -25,8 +32,18 @@ INTEGER = (
 )
 """Operators that an int8 model computes in integers."""
 
+OBSERVER = "min-max"
+"""Of values, unless another is asked for."""
+
 _STATISTICS = frozenset({"ADD", "MEAN", "MUL", "RESHAPE", "RSQRT", "SQUARED_DIFFERENCE", "SQUARE", "SUB", "SUM"})
 """What a normalisation computes its scale with, up to the subtraction of the mean."""
+
+
+class Layer(NamedTuple):
+    """What computes a value: its name, "module/value", and its module's path."""
+
+    name: str
+    module: str
 
 
 def to_half(model: Model) -> None:
@@ -61,17 +78,20 @@ def to_half(model: Model) -> None:
     _drop_unused_buffers(model)
 
 
-def to_int8(content: bytes, samples: Sequence[Inputs]) -> bytes:
+def to_int8(content: bytes, samples: Sequence[Inputs], options: Quantization, layers: Mapping[str, Layer]) -> bytes:
     """Compute in 8-bit integers what XNNPACK has integer kernels for: weights symmetric by channel, values by tensor.
 
     Inputs and outputs stay float32, and so do normalisations, whose squares and inverse roots span more than 8 bits
     hold, and attention's softmax and products, for which XNNPACK has no integer kernels. Values keep the whole range
-    that the samples show. (ai-edge-quantizer's own calibration averages the ranges of samples, which clips: the trained
-    flowers classifier then agrees with float32 on 88% of its validation pictures, and on 96% with this.)
+    that the samples show, unless another observer is asked for. (ai-edge-quantizer's own calibration averages the
+    ranges of samples, which clips: the trained flowers classifier then agrees with float32 on 88% of its validation
+    pictures, and on 96% with this.)
 
     Args:
         content: a float32 model.
         samples: typical inputs.
+        options: the observer, and layers that stay in float; see `refuse`.
+        layers: what computes its values, by their names.
     """
     with quiet():
         from ai_edge_quantizer import qtyping
@@ -84,42 +104,84 @@ def to_int8(content: bytes, samples: Sequence[Inputs]) -> bytes:
             quantizer.add_static_config(".*", operations[name], activation_num_bits=8, weight_num_bits=8)
         for boundary in (operations.INPUT, operations.OUTPUT):
             quantizer.update_quantization_recipe(".*", boundary, algorithm_key=AlgorithmName.NO_QUANTIZE)
-        if names := sorted(_normalisations(flatbuffer.parse(content))):
+        model = flatbuffer.parse(content)
+        if names := sorted(_normalisations(model) | kept(model, options, layers)):
             within = f"^({'|'.join(map(re.escape, names))});?$"
             quantizer.update_quantization_recipe(
                 within, operations.ALL_SUPPORTED, algorithm_key=AlgorithmName.NO_QUANTIZE
             )
-    seen = ranges(content, samples)
+    seen = ranges(content, samples, options.observer or OBSERVER)
     with silent():  # of two progress bars one cannot be turned off
         result = quantizer.quantize(seen, enable_progress_bar=False, enable_progress_report=False).quantized_model
     assert result is not None
     return bytes(result)
 
 
-def ranges(content: bytes, samples: Sequence[Inputs]) -> dict[str, dict[str, Array]]:
-    """Smallest and largest number that each tensor of a float32 model holds over the samples, as arrays of its rank."""
+def refuse(options: Quantization) -> None:
+    """Refuse what ai-edge-quantizer does its own way.
+
+    Raises:
+        InputError: rounding, bias correction, a format of types, or layers in another precision than float.
+    """
+    plain = Quantization()
+    for name in ("rounding", "bias_correction", "format"):
+        if getattr(options, name) != getattr(plain, name):
+            raise InputError(f"the target litert has no quantization.{name}; leave it out, or use --target onnx")
+    for pattern, precision in options.layers:
+        if precision not in (FLOAT, "int8"):
+            raise InputError(f"the target litert keeps layers in {FLOAT} or int8, not {precision}: {pattern}")
+
+
+def kept(model: Model, options: Quantization, layers: Mapping[str, Layer]) -> set[str]:
+    """Names of the values of the operators that are to stay in float.
+
+    An operator is the layer that its output is named after, which for a convolution with a ReLU is the ReLU.
+    """
+    graph = model.subgraphs[0]
+    found = set()
+    for name in (flatbuffer.text(graph.tensors[each.outputs[0]].name) for each in graph.operators):
+        layer = layers.get(name.split(";")[0])
+        if layer is not None and precision_of(options, "int8", layer.name, layer.module) == FLOAT:
+            found.add(name)
+    return found
+
+
+def ranges(content: bytes, samples: Sequence[Inputs], observer: str) -> dict[str, dict[str, Array]]:
+    """Smallest and largest number to represent of each tensor of a float32 model, as arrays of its rank.
+
+    Of constants these are the smallest and largest that they hold, of values what an observer of the samples chooses.
+    """
     runner = LiteRTRunner(content)
     graph = runner.model.subgraphs[0]
-    found: dict[str, dict[str, Array]] = {}
+    ranks = {flatbuffer.text(tensor.name): len(flatbuffer.shape(tensor)) for tensor in graph.tensors}
 
-    def see(name: str, value: Array) -> None:
-        if value.size:
-            low, high = value.min(keepdims=True), value.max(keepdims=True)
-            seen = found.setdefault(name, {"min": low, "max": high})
-            seen["min"], seen["max"] = np.minimum(seen["min"], low), np.maximum(seen["max"], high)
+    def compute() -> dict[str, tuple[float, float]]:
+        observers: defaultdict[str, Observer] = defaultdict(OBSERVERS[observer])
+        (signature,) = (each for each in runner.model.signatureDefs if flatbuffer.text(each.signatureKey) == SIGNATURE)
+        inputs = {
+            flatbuffer.text(each.name): flatbuffer.text(graph.tensors[each.tensorIndex].name)
+            for each in signature.inputs
+        }
+        for sample in samples:
+            for name, value in sample.items():
+                observers[inputs[name]].observe(value)
+            for name, value in runner.values(sample):
+                observers[name].observe(value)
+        return {name: each.range(symmetric=False) for name, each in observers.items()}
 
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "float32.tflite")
+        path.write_bytes(content)
+        found = cache.ranges(path, samples, observer, False, compute)
     for _, (tensor, value) in _constants(runner.model):
-        see(flatbuffer.text(tensor.name), value)
-    (signature,) = (each for each in runner.model.signatureDefs if flatbuffer.text(each.signatureKey) == SIGNATURE)
-    inputs = {
-        flatbuffer.text(each.name): flatbuffer.text(graph.tensors[each.tensorIndex].name) for each in signature.inputs
+        if value.size:
+            found[flatbuffer.text(tensor.name)] = float(value.min()), float(value.max())
+    return {
+        name: {
+            end: np.full((1,) * ranks[name], value, np.float32) for end, value in zip(("min", "max"), ends, strict=True)
+        }
+        for name, ends in found.items()
     }
-    for sample in samples:
-        for name, value in sample.items():
-            see(inputs[name], value)
-        for name, value in runner.values(sample):
-            see(name, value)
-    return found
 
 
 def _normalisations(model: Model) -> set[str]:
