@@ -311,3 +311,15 @@ def test_unknown_names_are_refused(
 ) -> None:
     with pytest.raises(UnknownNameError, match=re.escape(message)):
         TARGET.compile(model, recipe("w8", 16, layers=layers), tmp_path / "refused.mlpackage")
+
+
+def test_without_the_data_ranges_cannot_be_checked(model: Lowered, made: Callable[[Recipe], Path]) -> None:
+    found = checks(model, recipe("int8", 17, data="missing.npz"), made(recipe("int8", 17)))
+    assert found["rounded values"].passed is None
+    assert "missing.npz" in found["rounded values"].detail
+
+
+def test_other_data_has_other_ranges(model: Lowered, made: Callable[[Recipe], Path]) -> None:
+    found = checks(model, recipe("int8", 17, observer="min-max"), made(recipe("int8", 17)))
+    assert found["rounded values"].passed is False
+    assert "zero point" in found["rounded values"].detail
