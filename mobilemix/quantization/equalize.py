@@ -27,7 +27,7 @@ ALPHA = 0.5
 LARGEST, SMALLEST = 8.0, -8.0
 """Binary logarithms of factors."""
 HEADROOM = 3.0
-"""The same of the largest that is chosen with no look at values: three bits of float16's range, for what stays in it."""
+"""The same of the largest that is chosen without a look at values: three bits of float16's range."""
 SWEEPS = 64
 SETTLED = 1e-3
 """Change of every logarithm, in a sweep, at which no more follow."""
