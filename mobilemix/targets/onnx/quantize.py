@@ -171,8 +171,8 @@ def _round_weights(layer: Product, pairs: Pairs, read: Grid, options: Quantizati
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     added = None if bias is None else constant(bias).reshape(-1)
     magnitudes = largest(content, layer.axis)
-    if added is not None:  # a bias must fit into 32 bits
-        magnitudes = np.maximum(magnitudes, np.abs(added) * (127 / _INT32.max / float(read.scale)))
+    if added is not None:  # a bias has half of 32 bits, so that the sum of products that is added to it has the other
+        magnitudes = np.maximum(magnitudes, np.abs(added) * (127 * 2 / _INT32.max / float(read.scale)))
     grid = form.weight(magnitudes, layer.axis)
     integers = integers_of(layer, content, grid, options, known)
     # Without zero points, ONNX Runtime 1.32 makes no integer kernel of a Gemm.

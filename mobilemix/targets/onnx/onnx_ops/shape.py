@@ -72,7 +72,7 @@ def concat(*values: Tensor, axis: int) -> Tensor:
 def split(x: Tensor, sizes: Tensor | None = None, *, axis: int = 0, num_outputs: int = 0) -> Sequence[Tensor]:
     """Parts of the sizes, or of one size, the last one smaller."""
     shares = -(-x.shape[axis] // num_outputs) if sizes is None else ints(sizes)
-    parts: Sequence[Tensor] = torch.split(x, shares, axis)  # type: ignore[no-untyped-call]
+    parts: Sequence[Tensor] = torch.split(x, shares, axis)
     return parts
 
 
