@@ -18,7 +18,7 @@ from mobilemix.errors import InputError, UnknownNameError
 from mobilemix.quantization.options import Quantization
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Lowered
-from mobilemix.targets.coreml import CoreMLTarget
+from mobilemix.targets.coreml import CoreMLTarget, plan
 from mobilemix.targets.coreml.executor import Executor
 from mobilemix.targets.coreml.package import Operation, Package, read_package
 
@@ -323,3 +323,15 @@ def test_other_data_has_other_ranges(model: Lowered, made: Callable[[Recipe], Pa
     found = checks(model, recipe("int8", 17, observer="min-max"), made(recipe("int8", 17)))
     assert found["rounded values"].passed is False
     assert "zero point" in found["rounded values"].detail
+
+
+def test_values_that_8_bits_do_not_hold_stay_in_float(
+    model: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "LEAST_SQNR", 45.0)
+    wanted, path = recipe("int8", 17), tmp_path / "some.mlpackage"
+    TARGET.compile(model, wanted, path)
+    rounded = sum(operation.type == "quantize" for operation in read_package(path).operations)
+    assert rounded < 3
+    assert checks(model, wanted, path)["rounded values"].passed
+    assert checks(model, recipe("int8", 17, layers=(("gate", "float"),)), path)["compressed weights"].passed is False
