@@ -5,13 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_cases
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from torch import nn
 
 from mobilemix.parity import Tolerance
+from mobilemix.quantization.options import Quantization
+from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Inputs
-from mobilemix.targets.onnx import simulation
+from mobilemix.targets.onnx import OnnxTarget, simulation
+from mobilemix.targets.onnx.quantize import quantize
 from mobilemix.targets.onnx.simulation import simulated
 
 SAMPLES = [{"image": np.random.default_rng(seed).standard_normal((1, 3, 16, 16), np.float32)} for seed in range(4)]
@@ -207,3 +213,21 @@ def test_an_output_that_departs_is_found(static: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(simulation, "observe", observe)
     assert not simulated(static, "int8", SAMPLES).passed
+
+
+def test_a_bias_leaves_room_for_what_it_is_added_to(tmp_path: Path) -> None:
+    """Sums that wrap around are of the other sign: a bias that is all of the layer's result fills 32 bits by itself."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(32, 32, 1) for _ in range(3)]
+    layers = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2]).eval()
+    convolutions[0].bias.data.zero_()
+    convolutions[1].weight.data.abs_()
+    convolutions[1].bias.data.abs_().add_(1)
+    full, path = tmp_path / "full.onnx", tmp_path / "narrow.onnx"
+    lowered = onnx_cases.lower(layers, torch.randn(1, 32, 8, 8), outputs=("y",))
+    OnnxTarget().compile(lowered, Recipe(target="onnx", opset=21), full)
+    (name,) = lowered.input_names
+    samples = [{name: np.random.default_rng(0).standard_normal((1, 32, 8, 8), np.float32) * np.float32(1e-5)}]
+    quantize(full, path, samples, Quantization())
+    check = simulated(path, "int8", samples)
+    assert check.passed, check.detail
