@@ -34,7 +34,7 @@ from mobilemix.quantization.data import GIVEN, SAMPLES, form_of, open_dataset, t
 from mobilemix.quantization.data import calibration as calibration_of
 from mobilemix.quantization.equalize import equalize
 from mobilemix.quantization.mixed import investigate, judged, quantizable
-from mobilemix.quantization.options import EQUALIZATIONS, FLOAT, Quantization
+from mobilemix.quantization.options import EQUALIZATIONS, FLOAT, Quantization, check_used
 from mobilemix.quantization.report import Report, page
 from mobilemix.quantization.search import OBJECTIVES, Judge
 from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of, write_recipe
@@ -612,6 +612,7 @@ def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:
     precision = recipe.precision or target.precisions[0]
     if precision not in target.precisions:
         raise UnknownNameError(f"precision for the target {target.name}", precision, target.precisions)
+    check_used(recipe.quantization, target.name, precision)
     shape = prepared.source.input_shapes[0]
     possible = target.takes_images and prepared.source.preprocess is not None and shape[0] == 1
     if recipe.input == "image" and not possible:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Mapping
 
 from mobilemix.errors import InputError, UnknownNameError
 
@@ -10,13 +11,34 @@ OBSERVERS = ("min-max", "moving-average", "percentile", "entropy", "mse")
 FORMATS = ("u8s8", "s8s8", "u8u8", "u8s7")
 EQUALIZATIONS = ("none", "cross-layer", "smooth")
 ROUNDINGS = ("nearest", "adaround")
+_COMPRESSED = ("int8", "w8", "w4", "palette8", "palette6", "palette4")
+_DATA = ("data", "samples", "seed")
+_RANGES = (*_DATA, "observer", "equalization", "layers")
+_WEIGHTS = (*_DATA, "rounding", "layers")  # data is for rounding alone
+USED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "coreml": {
+        "int8": (*_RANGES, "rounding"),
+        **dict.fromkeys(_COMPRESSED[1:], _WEIGHTS),
+    },
+    "litert": {"int8": _RANGES},
+    "onnx": {
+        "int8": (*_RANGES, "format", "rounding", "bias_correction"),
+        "int8-dynamic": (*_WEIGHTS, "bias_correction", "equalization"),
+        "w8": (*_WEIGHTS, "bias_correction"),
+        "w4": (*_WEIGHTS, "bias_correction"),
+    },
+    **{key: {"int8": _RANGES, "fp8": (*_DATA, "equalization", "layers")} for key in ("tensorrt", "tensorrt-rtx")},
+}
+"""Fields of `Quantization` that a target's precision has a use for; none of other precisions."""
+MIXED = {**{("coreml", precision): _COMPRESSED for precision in _COMPRESSED}, ("onnx", "w4"): ("w8",)}
+"""What layers may have in a target's precision, besides it and float."""
 FLOAT = "float"
 """In `Quantization.layers`: what the layer computes in when it is not quantised."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """What a quantised artifact is made with; the targets that have no use for a field ignore none: they refuse it.
+    """What a quantised artifact is made with; not every field is for every target and precision, see `USED`.
 
     Attributes:
         data: what values are calibrated on: "builtin" (the shipped photographs), a folder of images, a .npy or .npz.
@@ -58,6 +80,24 @@ class Quantization:
                 raise UnknownNameError(what, name, valid)
         if self.samples is not None and self.samples < 1:
             raise InputError(f"samples must be at least 1, not {self.samples}")
+
+
+def check_used(options: Quantization, target: str, precision: str) -> None:
+    """Refuse what a target's precision has no use for, so that nobody believes it was done.
+
+    Raises:
+        InputError: a field that is not as it is when left out.
+        UnknownNameError: a precision that layers cannot have beside this one.
+    """
+    used = USED[target].get(precision, ())
+    for field in dataclasses.fields(options):
+        if field.name not in used and getattr(options, field.name) != field.default:
+            advice = f"it has {', '.join(used)}" if used else "nothing is quantised"
+            raise InputError(f"{precision} of the target {target} has no use for quantization.{field.name}; {advice}")
+    valid = dict.fromkeys((FLOAT, precision, *MIXED.get((target, precision), ())))
+    for _, own in options.layers:
+        if own not in valid:
+            raise UnknownNameError(f"precision of layers in {precision} of the target {target}", own, valid)
 
 
 def precision_of(options: Quantization, precision: str, name: str, module: str) -> str:

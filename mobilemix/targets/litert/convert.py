@@ -14,7 +14,7 @@ from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.litert import flatbuffer, metadata
 from mobilemix.targets.litert.flatbuffer import Model
-from mobilemix.targets.litert.quantize import Layer, refuse, to_half, to_int8
+from mobilemix.targets.litert.quantize import Layer, to_half, to_int8
 from mobilemix.targets.litert.quiet import load_converter, quiet
 from mobilemix.targets.litert.runtime import SIGNATURE
 
@@ -27,10 +27,9 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     Raises:
         UnsupportedOpError: an operator that LiteRT has none for.
         TargetError: litert-torch refused the graph.
-        InputError: int8 for a model that there is nothing to calibrate on, or with options that LiteRT has no use for.
+        InputError: int8 for a model that there is nothing to calibrate on.
     """
     # First: what cannot be calibrated should not cost a conversion.
-    refuse(recipe.quantization)
     samples = calibration(lowered, recipe.quantization) if recipe.precision == "int8" else []
     content = float_build(lowered.program, lowered.input_names, lowered.output_names)
     if samples:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from mobilemix.errors import InputError
 from mobilemix.quantization import cache
 from mobilemix.quantization.observers import OBSERVERS, Observer
 from mobilemix.quantization.options import FLOAT, Quantization, precision_of
@@ -115,21 +114,6 @@ def to_int8(content: bytes, samples: Sequence[Inputs], options: Quantization, la
         result = quantizer.quantize(seen, enable_progress_bar=False, enable_progress_report=False).quantized_model
     assert result is not None
     return bytes(result)
-
-
-def refuse(options: Quantization) -> None:
-    """Refuse what ai-edge-quantizer does its own way.
-
-    Raises:
-        InputError: rounding, bias correction, a format of types, or layers in another precision than float.
-    """
-    plain = Quantization()
-    for name in ("rounding", "bias_correction", "format"):
-        if getattr(options, name) != getattr(plain, name):
-            raise InputError(f"the target litert has no quantization.{name}; leave it out, or use --target onnx")
-    for pattern, precision in options.layers:
-        if precision not in (FLOAT, "int8"):
-            raise InputError(f"the target litert keeps layers in {FLOAT} or int8, not {precision}: {pattern}")
 
 
 def kept(model: Model, options: Quantization, layers: Mapping[str, Layer]) -> set[str]:

@@ -65,9 +65,8 @@ def quantize(source: Path, destination: Path, samples: Sequence[Inputs], kind: K
         options: observer, and layers that stay.
 
     Raises:
-        InputError: the opset is older, there is nothing to quantise, or options that TensorRT has no use for.
+        InputError: the opset is older, or there is nothing to quantise.
     """
-    refuse(options)
     model = ir.load(source)
     least = LEAST_OPSETS[kind]
     if model.opset_imports[""] < least:
@@ -85,18 +84,6 @@ def quantize(source: Path, destination: Path, samples: Sequence[Inputs], kind: K
     halve(model)
     name_nodes(model.graph, nodes)
     ir.save(model, destination)
-
-
-def refuse(options: Quantization) -> None:
-    """Say what of the options TensorRT has no use for.
-
-    Raises:
-        InputError: a format, rounding or correction of biases that is not the default.
-    """
-    default = Quantization()
-    for name in ("format", "rounding", "bias_correction"):
-        if (asked := getattr(options, name)) != (usual := getattr(default, name)):
-            raise InputError(f"TensorRT's 8 bits have no {name} {asked}; leave it at {usual}")
 
 
 def layers(graph: ir.Graph, left: Collection[str] = ()) -> Iterator[Product]:

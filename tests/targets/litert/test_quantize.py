@@ -8,7 +8,6 @@ import pytest
 from conftest import NETWORK
 
 from mobilemix import api
-from mobilemix.errors import InputError
 from mobilemix.quantization.data import calibration
 from mobilemix.quantization.options import Quantization
 from mobilemix.recipe import Recipe
@@ -105,20 +104,3 @@ def test_the_last_pattern_counts(lowered: Lowered, content: bytes) -> None:
     some = quantize.kept(model, Quantization(layers=(("*", "float"), ("head", "int8"))), layers)
     assert len(every) == len(model.subgraphs[0].operators)
     assert {name for name in every - some if layers[name.split(";")[0]].module == "head"} == every - some != set()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rounding": "adaround"}, "no quantization.rounding"),
-        ({"bias_correction": True}, "no quantization.bias_correction"),
-        ({"format": "s8s8"}, "no quantization.format"),
-        ({"layers": (("head", "w8"),)}, "in float or int8, not w8: head"),
-    ],
-)
-def test_what_the_quantiser_does_its_own_way_is_refused(
-    lowered: Lowered, recipe: Recipe, tmp_path: Path, options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        compiled(lowered, recipe, tmp_path / "model.tflite", **options)
-    assert not list(tmp_path.iterdir())
