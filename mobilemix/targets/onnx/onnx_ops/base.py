@@ -7,7 +7,7 @@ of one dtype, whatever the file declares; a rule that makes some of nothing take
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -53,11 +53,3 @@ def channelwise(values: Tensor, rank: int) -> Tensor:
 def every(axes: Tensor | None, rank: int) -> list[int]:
     """Axes as numbers from 0; all of them if none are given."""
     return sorted(axis % rank for axis in ints(axes)) if axes is not None and axes.numel() else list(range(rank))
-
-
-def total(sizes: Sequence[int]) -> int:
-    """Of a list of sizes, their product."""
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

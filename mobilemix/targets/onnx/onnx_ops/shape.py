@@ -1,12 +1,13 @@
 """What moves numbers and computes none: shapes, slices, gathers."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobilemix.targets.onnx.onnx_ops.base import ints, rule, total
+from mobilemix.targets.onnx.onnx_ops.base import ints, rule
 
 
 @rule("Reshape")
@@ -19,7 +20,7 @@ def reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
 @rule("Flatten")
 def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
     """The axes before `axis` as one, the others as one."""
-    return x.reshape(total(x.shape[: axis if axis >= 0 else axis + x.ndim]), -1)
+    return x.reshape(math.prod(x.shape[: axis if axis >= 0 else axis + x.ndim]), -1)
 
 
 @rule("Transpose")
