@@ -89,7 +89,7 @@ def to_int8(content: bytes, samples: Sequence[Inputs], options: Quantization, la
     Args:
         content: a float32 model.
         samples: typical inputs.
-        options: the observer, and layers that stay in float; see `refuse`.
+        options: the observer, and layers that stay in float.
         layers: what computes its values, by their names.
     """
     with quiet():
