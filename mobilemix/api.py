@@ -11,7 +11,7 @@ import glob
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ from mobilemix.quantization.data import GIVEN, SAMPLES, form_of, open_dataset, t
 from mobilemix.quantization.data import calibration as calibration_of
 from mobilemix.quantization.equalize import equalize
 from mobilemix.quantization.mixed import investigate, judged, quantizable
-from mobilemix.quantization.options import EQUALIZATIONS, FLOAT, Quantization, check_used
+from mobilemix.quantization.options import EQUALIZATIONS, FLOAT, USED, Quantization, check_used
 from mobilemix.quantization.report import Report, page
 from mobilemix.quantization.search import OBJECTIVES, Judge
 from mobilemix.recipe import CALIBRATED, DEFAULT_MODEL, InputKind, Precision, Recipe, opset_of, write_recipe
@@ -155,16 +155,19 @@ class Prepared:
     @functools.cached_property
     def references(self) -> dict[str, Reference]:
         """What the source model answers to the samples."""
-        ask = functools.partial(reference, self.source.module, complex_inputs=self.lowered.complex_names)
-        with shim(*self.source.shim):
-            if self.trials is not None:
-                return self.trials.references(ask)
-            answered = ask([sample for samples in self.samples.values() for sample in samples])
+        if self.trials is not None:
+            return self.trials.references(self.ask)
+        answered = self.ask([sample for samples in self.samples.values() for sample in samples])
         outputs = iter(answered.outputs)
         return {
             name: dataclasses.replace(answered, outputs=list(itertools.islice(outputs, len(samples))))
             for name, samples in self.samples.items()
         }
+
+    def ask(self, samples: Sequence[Inputs]) -> Reference:
+        """What the source model answers to any samples of its shapes."""
+        with shim(*self.source.shim):
+            return reference(self.source.module, samples, complex_inputs=self.lowered.complex_names)
 
 
 def export(
@@ -579,19 +582,18 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
     if recipe.tolerance is not None:
         tolerance = dataclasses.replace(tolerance, relative_l2=recipe.tolerance)
     runner = target.load(artifact)
-    sets = dict(prepared.samples)
-    if recipe.precision in CALIBRATED:  # noise is beyond what photographs calibrate
-        sets = {name: samples for name, samples in sets.items() if not name.startswith("noise")}
+    sets, references = _compared(prepared, lowered, recipe)
     agreement = {}
     for name, samples in sets.items():
         answers = spread(runner.run, samples)
         outputs = [[answer[output] for output in lowered.output_names] for answer in answers]
         if prepared.trials is not None:
             outputs = batches.unstacked(outputs)
-        agreement[name] = compare(outputs, prepared.references[name].outputs)
+        agreement[name] = compare(outputs, references[name].outputs)
     # Noise and, where there is one, a photograph.
-    probes = {id(probe): probe for name, probe in prepared.probes.items() if name in sets}
-    checks = target.checks(lowered, recipe, artifact, list(probes.values()))
+    probes = {name: prepared.probes.get(name, samples[-1]) for name, samples in sets.items()}
+    distinct = {id(probe): probe for probe in probes.values()}
+    checks = target.checks(lowered, recipe, artifact, list(distinct.values()))
     if recipe.max_size_mb is not None:
         megabytes = files.size(artifact) / 1e6
         checks.append(
@@ -600,9 +602,24 @@ def _verify(prepared: Prepared, lowered: Lowered, target: Target, recipe: Recipe
     worst = max(agreement, key=lambda name: agreement[name].relative_l2)
     departs = None
     if not agreement[worst].within(tolerance):
-        departs = first_departure(lowered.program, runner, prepared.probes[worst], tolerance.relative_l2)
+        departs = first_departure(lowered.program, runner, probes[worst], tolerance.relative_l2)
         departs = departs or "no value departs from the rewritten program: the capture or a pass changed the function"
-    return Parity(agreement, prepared.references[worst].dtype, tolerance, tuple(checks), departs)
+    return Parity(agreement, references[worst].dtype, tolerance, tuple(checks), departs)
+
+
+def _compared(
+    prepared: Prepared, lowered: Lowered, recipe: Recipe
+) -> tuple[Mapping[str, list[Inputs]], Mapping[str, Reference]]:
+    """Inputs that an artifact is compared on, by the name of their set, and what the source answers to them."""
+    sets, references = prepared.samples, prepared.references
+    if recipe.precision not in USED[recipe.target]:
+        return sets, references
+    # Fewer bits are for what a model is used on: they make little of noise, and no range is calibrated for it.
+    pictures = {name: samples for name, samples in sets.items() if not name.startswith("noise")}
+    if pictures or recipe.precision not in CALIBRATED or prepared.trials is not None:
+        return pictures or sets, references
+    shown = calibration_of(lowered, recipe.quantization)[:PHOTOGRAPHS]
+    return {"calibration": shown}, {"calibration": prepared.ask(shown)}
 
 
 def _resolve(recipe: Recipe, target: Target, prepared: Prepared) -> Recipe:

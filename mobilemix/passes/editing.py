@@ -27,6 +27,10 @@ WIDE = "wide_"
 Names are what converters keep.
 """
 
+EXACT = ("dft_", "ssd_mask")
+"""What the names of matrices begin with that passes made, and that are not to be quantised: those of Fourier
+transforms, and those that sum decays of scans."""
+
 _ORIGIN = ("stack_trace", "nn_module_stack", "torch_fn", "source_fn_stack", "from_node")  # metadata that names a place
 
 

@@ -1,8 +1,9 @@
 """How to quantise: the `[quantization]` table of a recipe."""
 
 import dataclasses
+import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mobilemix.errors import InputError, UnknownNameError
 
@@ -23,7 +24,7 @@ USED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "litert": {"int8": _RANGES},
     "onnx": {
         "int8": (*_RANGES, "format", "rounding", "bias_correction"),
-        "int8-dynamic": (*_WEIGHTS, "bias_correction", "equalization"),
+        "int8-dynamic": (*_WEIGHTS, "equalization"),
         "w8": (*_WEIGHTS, "bias_correction"),
         "w4": (*_WEIGHTS, "bias_correction"),
     },
@@ -32,6 +33,8 @@ USED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 """Fields of `Quantization` that a target's precision has a use for; none of other precisions."""
 MIXED = {**{("coreml", precision): _COMPRESSED for precision in _COMPRESSED}, ("onnx", "w4"): ("w8",)}
 """What layers may have in a target's precision, besides it and float."""
+NEAR = 5
+"""Names of layers that the error about an unknown one states."""
 FLOAT = "float"
 """In `Quantization.layers`: what the layer computes in when it is not quantised."""
 
@@ -100,6 +103,24 @@ def check_used(options: Quantization, target: str, precision: str) -> None:
             raise UnknownNameError(f"precision of layers in {precision} of the target {target}", own, valid)
 
 
+def check_patterns(options: Quantization, layers: Iterable[tuple[str, str]]) -> None:
+    """Refuse a pattern that fits no layer, which is one that is misspelt.
+
+    Args:
+        options: how to quantise.
+        layers: name and module of each.
+
+    Raises:
+        UnknownNameError: the pattern, with the names that are nearest.
+    """
+    known = list(layers)
+    for pattern, _ in options.layers:
+        if not any(_fits(pattern, *layer) for layer in known):
+            names = list(dict.fromkeys(name for layer in known for name in layer if name))
+            near = difflib.get_close_matches(pattern.strip("*"), names, n=NEAR, cutoff=0) or names[:NEAR]
+            raise UnknownNameError("layer", pattern, (*near, "…") if len(names) > NEAR else names)
+
+
 def precision_of(options: Quantization, precision: str, name: str, module: str) -> str:
     """Precision of one layer.
 
@@ -110,6 +131,10 @@ def precision_of(options: Quantization, precision: str, name: str, module: str) 
         module: path of the module that the layer is from.
     """
     for pattern, own in reversed(options.layers):
-        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module, pattern):
+        if _fits(pattern, name, module):
             return own
     return precision
+
+
+def _fits(pattern: str, name: str, module: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module, pattern)

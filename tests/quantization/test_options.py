@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from mobilemix.errors import InputError, UnknownNameError
-from mobilemix.quantization.options import USED, Quantization, check_used, precision_of
+from mobilemix.quantization.options import USED, Quantization, check_patterns, check_used, precision_of
 from mobilemix.targets import EXTRAS, TARGETS, find_target
 
 
@@ -93,3 +93,12 @@ def test_precisions_of_layers_beside_another(target, precision, layer, right):
     else:
         with pytest.raises(UnknownNameError, match=f"precision of layers in {precision} of the target {target}"):
             check_used(options, target, precision)
+
+
+def test_a_pattern_that_fits_nothing_names_what_is_near():
+    layers = [(f"stage_{index}.conv/conv2d_{index}", f"stage_{index}.conv") for index in range(40)]
+    check_patterns(Quantization(layers=(("stage_3.conv", "float"), ("*/conv2d_7", "float"))), layers)
+    with pytest.raises(UnknownNameError) as caught:
+        check_patterns(Quantization(layers=(("stag_3.conv", "float"),)), layers)
+    assert "unknown layer 'stag_3.conv'; did you mean 'stage_3.conv'?" in str(caught.value)
+    assert len(str(caught.value)) < 250

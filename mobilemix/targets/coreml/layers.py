@@ -25,11 +25,9 @@ from typing import cast
 
 from torch import fx
 
+from mobilemix.passes.editing import EXACT
 from mobilemix.targets.base import Lowered
 from mobilemix.targets.coreml.package import Operation, Package
-
-EXACT = ("dft_", "ssd_mask")
-"""What the names of matrices begin with that passes made: of Fourier transforms, and those that sum decays of scans."""
 
 LEAST = 256
 """Elements of the smallest weight that is compressed."""

@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from mobilemix.errors import InputError, UnknownNameError
+from mobilemix.errors import InputError
 from mobilemix.quantization import cache
 from mobilemix.quantization.affine import Grid, grid_between
 from mobilemix.quantization.data import calibration
-from mobilemix.quantization.options import FLOAT, Quantization, precision_of
+from mobilemix.quantization.options import FLOAT, check_patterns, precision_of
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import LARGEST_HALF, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import SMALLEST_NORMAL
@@ -70,28 +70,18 @@ class Plan:
 
 
 def check_options(recipe: Recipe) -> None:
-    """Refuse what Core ML cannot do.
+    """Refuse iOS versions that cannot read a precision.
 
     Raises:
-        InputError: an iOS version that cannot read a precision, or an option that Core ML has no use for.
-        UnknownNameError: a precision of layers that Core ML does not have.
+        InputError: the recipe's is one.
     """
-    options = recipe.quantization
-    used = {str(recipe.precision), *(precision for _, precision in options.layers)} - {FLOAT}
+    used = {str(recipe.precision), *(precision for _, precision in recipe.quantization.layers)} - {FLOAT}
     for precision in sorted(used):
-        if precision not in LEAST_IOS:
-            raise UnknownNameError("Core ML precision of layers", precision, (FLOAT, *LEAST_IOS))
         if recipe.minimum_ios < LEAST_IOS[precision]:
             raise InputError(
                 f"{precision} needs iOS {LEAST_IOS[precision]}, not {recipe.minimum_ios}; "
                 f"use --minimum-ios {LEAST_IOS[precision]}"
             )
-    if options.format != Quantization.format:
-        raise InputError(f"the format {options.format} is of ONNX int8; Core ML has one format, leave it out")
-    if options.bias_correction:
-        raise InputError("Core ML has no bias correction; leave it out, or use --rounding adaround")
-    if options.observer is not None and "int8" not in used:
-        raise InputError(f"{recipe.precision} observes no values; leave out the observer, or use --precision int8")
 
 
 def planned(package: Package, lowered: Lowered, recipe: Recipe, runner: Runner) -> Plan:
@@ -145,10 +135,7 @@ def choose(found: Sequence[Layer], recipe: Recipe) -> list[tuple[Layer, str]]:
         InputError: every layer stays in float.
     """
     options = recipe.quantization
-    for pattern, _ in options.layers:
-        only = Quantization(layers=((pattern, FLOAT),))
-        if all(precision_of(only, "", layer.name, layer.module) != FLOAT for layer in found):
-            raise UnknownNameError("layer", pattern, (layer.name for layer in found))
+    check_patterns(options, ((layer.name, layer.module) for layer in found))
     chosen = [(layer, precision_of(options, str(recipe.precision), layer.name, layer.module)) for layer in found]
     if all(precision == FLOAT for _, precision in chosen):
         raise InputError("no layer is left to compress: there is none, or all stay in float; use --precision fp16")

@@ -12,7 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from mobilemix.quantization import cache
 from mobilemix.quantization.observers import OBSERVERS, Observer
-from mobilemix.quantization.options import FLOAT, Quantization, precision_of
+from mobilemix.quantization.options import FLOAT, Quantization, check_patterns, precision_of
 from mobilemix.targets.base import LARGEST_HALF, Array, Inputs
 from mobilemix.targets.litert import flatbuffer
 from mobilemix.targets.litert.flatbuffer import Model
@@ -121,6 +121,7 @@ def kept(model: Model, options: Quantization, layers: Mapping[str, Layer]) -> se
 
     An operator is the layer that its output is named after, which for a convolution with a ReLU is the ReLU.
     """
+    check_patterns(options, ((layer.name, layer.module) for layer in layers.values()))
     graph = model.subgraphs[0]
     found = set()
     for name in (flatbuffer.text(graph.tensors[each.outputs[0]].name) for each in graph.operators):

@@ -14,13 +14,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mobilemix.errors import InputError
+from mobilemix.passes.editing import EXACT
 from mobilemix.quantization.moments import Moments
 from mobilemix.quantization.options import Quantization
 from mobilemix.targets.base import Inputs
 from mobilemix.targets.onnx.formats import FORMATS, zeros
 from mobilemix.targets.onnx.observation import layer_moments
 from mobilemix.targets.onnx.pairs import QUANTISED, SCALE, ZERO, Pairs, name_nodes, own
-from mobilemix.targets.onnx.products import EXACT, Product, integers_of, kept, largest, products, roundable
+from mobilemix.targets.onnx.products import Product, integers_of, kept, largest, products, roundable
 from mobilemix.targets.onnx.rewrites.constants import constant
 from mobilemix.targets.onnx.weights import hold
 

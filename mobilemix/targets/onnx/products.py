@@ -6,15 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from mobilemix.passes.editing import WIDE
+from mobilemix.passes.editing import EXACT, WIDE
 from mobilemix.quantization.affine import Grid, to_integers
 from mobilemix.quantization.moments import Moments, of_conv, of_matmul
-from mobilemix.quantization.options import FLOAT, Quantization, precision_of
+from mobilemix.quantization.options import FLOAT, Quantization, check_patterns, precision_of
 from mobilemix.quantization.rounding import adaround
 from mobilemix.targets.base import Array
-
-EXACT = ("dft_", "ssd_mask")
-"""What the names of matrices begin with that passes made: of Fourier transforms, and those that sum decays of scans."""
 
 MOVEMENTS = ("Concat", "Expand", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 NORMS = ("InstanceNormalization", "LayerNormalization", "GroupNormalization")
@@ -140,10 +137,10 @@ def roundable(graph: ir.Graph) -> Iterator[Product]:
 
 
 def kept(graph: ir.Graph, options: Quantization) -> frozenset[str]:
-    """Names of the products that a pattern of the user's leaves in float."""
-    return frozenset(
-        each.name for each in products(graph) if precision_of(options, "", each.name, each.module) == FLOAT
-    )
+    """Names of the products that a pattern of the user's leaves in float; raises as `check_patterns` does."""
+    found = list(products(graph))
+    check_patterns(options, ((each.name, each.module) for each in found))
+    return frozenset(each.name for each in found if precision_of(options, "", each.name, each.module) == FLOAT)
 
 
 def integers_of(layer: Product, content: Array, grid: Grid, options: Quantization, known: Moments | None) -> Array:

@@ -104,3 +104,9 @@ def test_the_last_pattern_counts(lowered: Lowered, content: bytes) -> None:
     some = quantize.kept(model, Quantization(layers=(("*", "float"), ("head", "int8"))), layers)
     assert len(every) == len(model.subgraphs[0].operators)
     assert {name for name in every - some if layers[name.split(";")[0]].module == "head"} == every - some != set()
+
+
+def test_a_pattern_that_fits_no_layer_is_refused(lowered: Lowered, content: bytes) -> None:
+    model, layers = flatbuffer.parse(content), convert.layers_of(lowered)
+    with pytest.raises(UnknownNameError, match="layer 'haed'"):
+        quantize.kept(model, Quantization(layers=(("haed", "float"),)), layers)
