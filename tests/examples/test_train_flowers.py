@@ -48,7 +48,7 @@ def test_two_epochs_then_a_third(example: ModuleType, data: Path, tmp_path: Path
     run(example, data, out, "--epochs", "3", "--resume")
 
     log = [json.loads(line) for line in (out / "epochs.jsonl").read_text().splitlines()]
-    assert [(record["epoch"], record["size"]) for record in log] == [(1, 32), (2, 48), (3, 48)]
+    assert [(record["epoch"], record["size"]) for record in log] == [(1, 32), (2, 64), (3, 64)]
     assert [record["progress"] for record in log] == [0.5, 1.0, 1.0]
 
     with safe_open(out / "model.safetensors", "pt") as file:

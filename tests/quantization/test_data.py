@@ -366,6 +366,7 @@ def test_samples_given_in_python_reach_the_target_and_the_manifest(
     exported = mobilemix.export(
         network,
         target="onnx",
+        precision="int8-dynamic",
         input_shapes=((1, 3, 16, 16),),
         quantization=Quantization(samples=3),
         calibration=given,

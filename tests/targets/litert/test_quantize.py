@@ -8,6 +8,7 @@ import pytest
 from conftest import NETWORK
 
 from mobilemix import api
+from mobilemix.errors import UnknownNameError
 from mobilemix.quantization.data import calibration
 from mobilemix.quantization.options import Quantization
 from mobilemix.recipe import Recipe
