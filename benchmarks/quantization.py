@@ -17,11 +17,13 @@ import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import exports
 import numpy as np
 import onnxruntime as ort
 from forms import ratio
@@ -40,6 +42,13 @@ ROOT = Path(__file__).parents[1]
 MAX_DROP = 0.003
 """Of top-1, in the rows of mixed precision."""
 SECONDS = 4.0
+TIMED: tuple[Precision, ...] = ("fp32", "int8", "int8-dynamic", "w8")
+LATENCIES = ("affnet_et", "affnet_t", "casvit_xs", "casvit_m", "efficientvim_m1", "efficientvim_m3")
+LATENCIES += ("dualtoken_vit_tiny", "dualtoken_vit_small")
+LATENCY_HEADINGS = ("model", "side", "precision", "1 thread", "2 threads", "time by operator, %")
+PROFILED = 20
+"""Runs of which the operators' times are added up."""
+SHOWN = 5
 """Of turns of a file and the float32 one."""
 THREADS = (1, 2)
 MINIMUM_IOS = {"int8": 17, "w4": 18}
@@ -153,12 +162,8 @@ def make(row: Row, recipe: Recipe, prepared: api.Prepared, data: Path, output: P
 
 def speedup(path: Path, base: Path, threads: int) -> str:
     """How many times faster than another file ONNX Runtime runs one, and its milliseconds."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    sessions = [ort.InferenceSession(each, options, providers=["CPUExecutionProvider"]) for each in (path, base)]
-    (value,) = sessions[0].get_inputs()
-    feed = {value.name: np.random.default_rng(0).standard_normal(value.shape, np.float32)}
+    sessions = [session(each, threads) for each in (path, base)]
+    feed = noise(sessions[0])
     seconds: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
@@ -168,6 +173,51 @@ def speedup(path: Path, base: Path, threads: int) -> str:
             taken.append(time.perf_counter() - began)
     middle, low, high = ratio(*(each[len(each) // 10 :] for each in seconds))
     return f"{middle:.2f} ({low:.2f}–{high:.2f}) {1e3 * float(np.median(seconds[0])):.1f} ms"
+
+
+def session(path: Path, threads: int, profile: Path | None = None) -> ort.InferenceSession:
+    """A file in ONNX Runtime; its threads sleep between runs, in which those of another session would wait for them."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def noise(opened: ort.InferenceSession) -> dict[str, np.ndarray]:
+    """Its only input."""
+    (value,) = opened.get_inputs()
+    return {value.name: np.random.default_rng(0).standard_normal(value.shape, np.float32)}
+
+
+def shares(path: Path, folder: Path) -> str:
+    """The operators that take most of a file's time on one thread, in per cent."""
+    opened = session(path, 1, folder / "profile")
+    for _ in range(PROFILED):
+        opened.run(None, noise(opened))
+    events = json.loads(Path(opened.end_profiling()).read_text())
+    taken: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and str(event["name"]).endswith("_kernel_time"):
+            taken[event["args"]["op_name"]] += event["dur"]
+    return ", ".join(f"{name} {100 * part / taken.total():.0f}" for name, part in taken.most_common(SHOWN))
+
+
+def latencies(model: str, folder: Path) -> Iterator[tuple[str, ...]]:
+    """Lines of the table of latencies of one model at the size of its paper, with generated weights."""
+    weights = None if MODELS[model].weights else Path(exports.checkpoint(model, folder))
+    prepared = api.prepare(Recipe(model=model, weights=weights, target="onnx"))
+    paths = {}
+    for precision in TIMED:
+        recipe = Recipe(model=model, weights=weights, target="onnx", precision=precision)
+        paths[precision] = api.deploy(prepared, recipe, folder / model / precision).path
+    for precision, path in paths.items():
+        times = ["–", "–"]
+        if precision != TIMED[0]:
+            times = [speedup(path, paths[TIMED[0]], threads) for threads in THREADS]
+        yield model, str(prepared.source.input_shapes[0][-1]), precision, *times, shares(path, folder)
 
 
 def cells(row: Row, results: dict[str, Result], labels: np.ndarray) -> tuple[str, ...]:
@@ -212,6 +262,11 @@ def section(model: str, results: dict[str, Result], labels: np.ndarray) -> str:
     return "\n".join((f"## {model}", "", *lines, "", agreement(results)))
 
 
+def machine() -> str:
+    """What it was measured with."""
+    return f"{platform.machine()}, Python {platform.python_version()}, ONNX Runtime {ort.__version__}"
+
+
 def checkpoint(text: str) -> Classifier:
     """Read MODEL=FILE@SIZE."""
     model, _, rest = text.partition("=")
@@ -222,14 +277,22 @@ def checkpoint(text: str) -> Classifier:
 def main() -> None:
     """Measure, and write or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/* and val/CLASS/*")
+    parser.add_argument("--data", type=Path, help="folder with train/CLASS/* and val/CLASS/*")
     parser.add_argument("--checkpoint", type=checkpoint, action="append", default=[], metavar="MODEL=FILE@SIZE")
     parser.add_argument("--only", default="", help="measure the rows whose name contains this")
+    parser.add_argument("--latencies", action="store_true", help="measure those at the papers' sizes alone")
     parser.add_argument("--results", type=Path, help="JSON file of rows measured before, which is added to")
     options = parser.parse_args()
     found: dict[str, dict[str, Result]] = {}
     if options.results and options.results.exists():
         found = json.loads(options.results.read_text())
+    if options.latencies:
+        with tempfile.TemporaryDirectory() as folder:
+            found_latencies = [row for model in LATENCIES for row in latencies(model, Path(folder))]
+        table = [LATENCY_HEADINGS, ("---",) * len(LATENCY_HEADINGS), *found_latencies]
+        text = LATENCY_HEADER.format(machine=machine(), table="\n".join(map(line, table)))
+        (ROOT / "docs" / "quantization_latencies.md").write_text(text, encoding="utf-8")
+        return
     rows = [row for row in ROWS if options.only in row.name]
     with tempfile.TemporaryDirectory() as folder:
         for classifier in (Classifier(DEFAULT_MODEL), *options.checkpoint):
@@ -243,8 +306,7 @@ def main() -> None:
     tables = "\n\n".join(section(model, results, labels) for model, results in found.items())
     print(tables)
     if len(found) == len(FAMILIES) and all(row.name in results for results in found.values() for row in ROWS):
-        machine = f"{platform.machine()}, Python {platform.python_version()}, ONNX Runtime {ort.__version__}"
-        text = HEADER.format(machine=machine, tables=tables)
+        text = HEADER.format(machine=machine(), tables=tables)
         (ROOT / "docs" / "quantization_results.md").write_text(text, encoding="utf-8")
 
 
@@ -260,6 +322,17 @@ on the same validation pictures, for a loss of at most 0.3 %. Core ML packages a
 latencies are of ONNX Runtime: how many times faster than its float32 file, with the 95 % interval, and milliseconds.
 
 {tables}
+"""
+
+LATENCY_HEADER = """# Quantised ONNX files: latency
+
+Written by `python benchmarks/quantization.py --latencies` ({machine}).
+
+ONNX Runtime on the CPU, images of the size of the papers, batch 1: how many times faster than the float32 file, turn by
+turn with it, with the 95 % interval, and milliseconds. Weights are generated (`tests/models_checks.py`). The last column
+says where a file spends its time on one thread.
+
+{table}
 """
 
 if __name__ == "__main__":
