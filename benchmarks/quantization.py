@@ -328,9 +328,9 @@ LATENCY_HEADER = """# Quantised ONNX files: latency
 
 Written by `python benchmarks/quantization.py --latencies` ({machine}).
 
-ONNX Runtime on the CPU, images of the size of the papers, batch 1: how many times faster than the float32 file, turn by
-turn with it, with the 95 % interval, and milliseconds. Weights are generated (`tests/models_checks.py`). The last column
-says where a file spends its time on one thread.
+ONNX Runtime on the CPU, images of the size of the papers, batch 1: how many times faster than the float32 file, turn
+by turn with it, with the 95 % interval, and milliseconds. Weights are generated (`tests/models_checks.py`). The last
+column says where a file spends its time on one thread.
 
 {table}
 """
