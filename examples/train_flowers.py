@@ -5,7 +5,8 @@ made with
 
     python examples/train_flowers.py --data flowers --minutes 106 --out run
 
-but for its first 15 epochs, whose settings differed, and for sizes in steps of 16; mobilemix/assets/README.md tells how.
+but for its first 15 epochs, whose settings differed, and for sizes in steps of 16; mobilemix/assets/README.md tells
+how.
 
 A training that has a time budget spends it whole: progress, and with it the learning rate and the image size, follows
 the clock, so that a busy machine gets fewer epochs and still a complete schedule. ``--epochs`` counts epochs instead,
@@ -367,7 +368,8 @@ def finish(
 ) -> None:
     """Evaluates the averaged weights and saves them, in float16 where that changes no logit noticeably."""
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    logits, half_logits = (predict(options.model, weights, validation, options.eval_size, device) for weights in (state, half))
+    predictions = (predict(options.model, each, validation, options.eval_size, device) for each in (state, half))
+    logits, half_logits = predictions
     change = ((half_logits - logits).abs().max() / logits.abs().max()).item()
     saved, kept = (half, half_logits) if change < HALF_TOLERANCE else (state, logits)
     accuracy = top1(kept, validation.labels)
