@@ -167,9 +167,9 @@ def speedup(path: Path, base: Path, threads: int) -> str:
     seconds: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
-        for session, taken in zip(sessions, seconds, strict=True):
+        for opened, taken in zip(sessions, seconds, strict=True):
             began = time.perf_counter()
-            session.run(None, feed)
+            opened.run(None, feed)
             taken.append(time.perf_counter() - began)
     middle, low, high = ratio(*(each[len(each) // 10 :] for each in seconds))
     return f"{middle:.2f} ({low:.2f}–{high:.2f}) {1e3 * float(np.median(seconds[0])):.1f} ms"

@@ -11,10 +11,17 @@ from typing import Protocol
 
 import numpy as np
 
+from mobilemix.errors import InputError
 from mobilemix.quantization.affine import from_integers, grid_between, to_integers
 from mobilemix.quantization.options import OBSERVERS as NAMES
 from mobilemix.targets.base import LARGEST_HALF, Array
 
+LEAST_SQNR = 20.0
+"""Signal over noise, in dB, of the values that are rounded; those that 8 bits take more from stay in floating point.
+
+8 bits leave 25 to 50 dB of most values. Less is left where a few channels are much larger than the others, as in the
+residual sums of a trained CAS-ViT: the one of 11 dB alone made nine tenths of the error of its logits.
+"""
 SAMPLED = 20_000
 """Numbers of a value that a histogram takes from one sample."""
 MOMENTUM = 0.9
@@ -37,6 +44,19 @@ class Observer(Protocol):
 
     def range(self, symmetric: bool) -> tuple[float, float]:
         """The smallest and the largest number to represent; if symmetric, the one is the other's negative."""
+
+
+def show(observers: Mapping[str, Observer], name: str, value: Array) -> None:
+    """Let the observer of a value see one sample's numbers.
+
+    Raises:
+        InputError: one is infinite or not a number, for which no range is right.
+    """
+    if not np.isfinite(value).all():
+        raise InputError(
+            f"'{name}' is not finite on the calibration data; does the model hold in float16, or the data?"
+        )
+    observers[name].observe(value)
 
 
 class MinMax:

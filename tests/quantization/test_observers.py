@@ -10,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 from onnxruntime.quantization.calibrate import HistogramCollector
 from torch.ao.quantization.observer import MinMaxObserver, MovingAverageMinMaxObserver
 
+from mobilemix.errors import InputError
 from mobilemix.quantization.affine import from_integers, grid_between, to_integers
-from mobilemix.quantization.observers import BINS, LEVELS, MOMENTUM, OBSERVERS, TAIL
+from mobilemix.quantization.observers import BINS, LEVELS, MOMENTUM, OBSERVERS, TAIL, MinMax, show
 
 BIN = 2e-3
 """Relative width of a histogram's bin."""
@@ -174,3 +175,9 @@ def test_zeros_and_nothing_have_an_empty_range(name: str, symmetric: bool) -> No
     assert observe(name, [], symmetric) == (0, 0)
     assert observe(name, [np.zeros((2, 3), np.float32)], symmetric) == (0, 0)
     assert observe(name, [np.zeros((0, 3), np.float32)], symmetric) == (0, 0)
+
+
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_has_no_range(wrong):
+    with pytest.raises(InputError, match="'x' is not finite"):
+        show({"x": MinMax()}, "x", np.array([1.0, wrong], np.float32))

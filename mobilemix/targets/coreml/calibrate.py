@@ -10,7 +10,7 @@ from mobilemix.progress import counting
 from mobilemix.quantization import moments
 from mobilemix.quantization.affine import from_integers, grid_between, to_integers
 from mobilemix.quantization.moments import Moments
-from mobilemix.quantization.observers import OBSERVERS
+from mobilemix.quantization.observers import OBSERVERS, show
 from mobilemix.quantization.sensitivity import sqnr
 from mobilemix.targets.base import Array, Inputs, Runner
 from mobilemix.targets.coreml.layers import Layer
@@ -31,7 +31,7 @@ def observed(
 
         def observe(name: str, shown: Sequence[Mapping[str, Array]] = shown) -> None:
             for values in shown:
-                observers[name].observe(values[name])
+                show(observers, name, values[name])
 
         spread(observe, list(names))
     return {name: each.range(symmetric=False) for name, each in observers.items()}

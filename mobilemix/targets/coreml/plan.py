@@ -19,6 +19,7 @@ from mobilemix.errors import InputError
 from mobilemix.quantization import cache
 from mobilemix.quantization.affine import Grid, grid_between
 from mobilemix.quantization.data import calibration
+from mobilemix.quantization.observers import LEAST_SQNR
 from mobilemix.quantization.options import FLOAT, check_patterns, precision_of
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import LARGEST_HALF, Inputs, Lowered, Runner
@@ -33,14 +34,6 @@ LEAST_IOS: Mapping[str, int] = {"int8": 17, "w8": 16, "w4": 18, **dict.fromkeys(
 
 OBSERVER = "mse"
 """Of values, where the recipe names no other."""
-
-
-LEAST_SQNR = 20.0
-"""Signal over noise, in dB, of the values that are rounded; those that 8 bits take more from stay in floating point.
-
-8 bits leave 25 to 50 dB of most values. Less is left where a few channels are much larger than the others, as in the
-residual sums of a trained CAS-ViT: the one of 11 dB alone made nine tenths of the error of its logits.
-"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The quantised precisions of the ONNX target: what makes the file of each, and which of its products it changes."""
 
 import functools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from mobilemix.targets.onnx import checks, dynamic, quantize, weights
 from mobilemix.targets.onnx.convert import write_changed
 from mobilemix.targets.onnx.products import Product, kept
 from mobilemix.targets.onnx.rewrites import PASSES
+from mobilemix.targets.onnx.runtime import read_model
 from mobilemix.targets.onnx.simulation import simulated
 
 PRECISIONS = ("int8", "int8-dynamic", "w8", "w4")
@@ -28,11 +30,17 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
     write_changed(lowered, recipe, destination, PASSES, functools.partial(_quantize, lowered, recipe))
 
 
-def layers(graph: ir.Graph, recipe: Recipe) -> Iterable[Product]:
-    """Products of a float32 graph that are quantised in the file of a recipe."""
+def layers(graph: ir.Graph, recipe: Recipe, lost: Collection[str] = ()) -> Iterable[Product]:
+    """Products of a float32 graph that are quantised in the file of a recipe.
+
+    Args:
+        graph: float32.
+        recipe: of the file.
+        lost: names of values that stay in float whatever the recipe says; see `quantize.place`.
+    """
     options, precision = recipe.quantization, str(recipe.precision)
     if precision == "int8":
-        return quantize.place(graph, kept(graph, options)).layers
+        return quantize.place(graph, kept(graph, options), lost).layers
     if precision == "int8-dynamic":
         return dynamic.layers(graph, options)
     return [each for each, _ in weights.layers(graph, options, precision)]
@@ -41,8 +49,13 @@ def layers(graph: ir.Graph, recipe: Recipe) -> Iterable[Product]:
 def proofs(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
     """The file is the float32 one, rounded where it should be, and ONNX Runtime's kernels compute what it says."""
     restore = dynamic.in_float if recipe.precision == "int8-dynamic" else None
-    chosen = functools.partial(layers, recipe=recipe)
+    stated = {entry.key: entry.value for entry in read_model(path).metadata_props}
+    lost = json.loads(stated.get(quantize.UNHELD, "[]"))
+    chosen = functools.partial(layers, recipe=recipe, lost=lost)
     found = checks.rounding(lowered, recipe, path, samples, layers=chosen, restore=restore)
+    if lost:
+        names = ", ".join(lost)
+        found.append(Check("values that 8 bits hold", True, f"{len(lost)} that they do not stay in float: {names}"))
     return [*found, simulated(path, str(recipe.precision), samples)]
 
 

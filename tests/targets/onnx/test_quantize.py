@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from mobilemix.targets.base import Inputs
 from mobilemix.targets.onnx import OnnxTarget, checks
 from mobilemix.targets.onnx.pairs import DEQUANTISED, QUANTISED, SCALE
 from mobilemix.targets.onnx.products import kept
-from mobilemix.targets.onnx.quantize import place, quantize
+from mobilemix.targets.onnx.quantize import UNHELD, place, quantize
 from mobilemix.targets.onnx.runtime import OnnxRunner
 
 DEFAULT = Quantization()
@@ -162,6 +163,36 @@ def test_patterns_leave_layers_in_float(full: Path, narrow: Callable[[Quantizati
 def test_a_depthwise_convolution_between_floats_stays_one(tmp_path: Path) -> None:
     module = nn.Sequential(nn.GELU(), nn.Conv2d(24, 24, 3, groups=24), nn.GELU(), nn.Conv2d(24, 24, 1), nn.GELU())
     assert modules(compiled(tmp_path, module, torch.randn(IMAGE))) == ["3"]
+
+
+def spiked() -> list[Inputs]:
+    """Samples of which one has a number, of channel 0, that leaves no step of 8 bits to the others."""
+    first, *others = samples()
+    first["x"][0, 0, 3, 3] = 600
+    return [first, *others]
+
+
+def test_values_that_8_bits_do_not_hold_stay_in_float_with_what_computes_and_reads_them(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(24, 24, 1), nn.Conv2d(24, 24, 1), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.GELU())
+    with torch.no_grad():
+        nn.init.dirac_(module[0].weight)
+        module[1].weight[:, 0] = 0  # the spike ends here
+    source, path = compiled(tmp_path, module, torch.randn(IMAGE)), tmp_path / "int8.onnx"
+    quantize(source, path, spiked(), Quantization(observer="min-max"))
+    lost = json.loads({entry.key: entry.value for entry in onnx.load(path).metadata_props}[UNHELD])
+    assert len(lost) == 2
+    assert "x" in lost
+    graph = ir.load(source).graph
+    assert [each.module for each in place(graph).layers] == ["0", "1", "3"]
+    assert [each.module for each in place(graph, (), lost).layers] == ["3"]
+    outputs = [OnnxRunner(each).run(spiked()[1])["y"] for each in (path, source)]
+    assert ERRORS[0] < relative_l2(*outputs) < ERRORS[1]
+
+
+def test_nothing_that_8_bits_hold_is_said(tmp_path: Path) -> None:
+    source = compiled(tmp_path, nn.Sequential(nn.Conv2d(24, 32, 1), nn.Conv2d(32, 24, 1)), torch.randn(IMAGE))
+    with pytest.raises(InputError, match="8 bits hold no value"):
+        quantize(source, tmp_path / "int8.onnx", spiked(), Quantization(observer="min-max"))
 
 
 def test_what_cannot_be_quantised_is_said(full: Path, tmp_path: Path) -> None:
