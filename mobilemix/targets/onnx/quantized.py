@@ -55,7 +55,7 @@ def proofs(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Input
     found = checks.rounding(lowered, recipe, path, samples, layers=chosen, restore=restore)
     if lost:
         names = ", ".join(lost)
-        found.append(Check("values that 8 bits hold", True, f"{len(lost)} that they do not stay in float: {names}"))
+        found.append(Check("values in 8 bits", True, f"{len(lost)} that 8 bits do not hold stay in float: {names}"))
     return [*found, simulated(path, str(recipe.precision), samples)]
 
 
