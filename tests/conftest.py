@@ -3,10 +3,25 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; read when torch is imported, after this
+
+import torch
+
+
+class TorchRandom:
+    """torch's generator as Hypothesis seeds those it knows, before each example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # Hypothesis keeps no reference of its own
+hypothesis.register_random(TORCH_RANDOM)
 
 NETWORK = '''
 import torch
@@ -47,6 +62,12 @@ SHAPE = "1x3x16x16"
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Ranges that a version of the code observed, the user's own among them, answer for no other."""
     os.environ["MOBILEMIX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same weights and inputs in every run: a test that fails fails again."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
