@@ -1,6 +1,9 @@
 """What several tests need: a small network with everything that makes exporters refuse, in a user's own file."""
 
 import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; read when torch is imported, after this
 
 import torch
+
+from mobilemix import cli
 
 
 class TorchRandom:
@@ -68,6 +73,24 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _seeded() -> None:
     """The same weights and inputs in every run: a test that fails fails again."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Run the command line in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
+        code = cli.run()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    handlers = {stop: signal.getsignal(stop) for stop in (signal.SIGTERM, signal.SIGINT)}
+    yield run
+    for stop, handler in handlers.items():
+        signal.signal(stop, handler)
 
 
 @pytest.fixture

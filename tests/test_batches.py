@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from test_backbones import checkpoint
 from torch import Tensor, nn
 
 import mobilemix
-from mobilemix import api, batches, cli, ops
+from mobilemix import api, batches, ops
 from mobilemix.errors import BatchError, InputError, MobilemixError
 from mobilemix.manifest import read_manifest
 from mobilemix.recipe import Recipe, load_recipe
@@ -226,17 +225,6 @@ def test_a_model_is_deployed_as_it_was_prepared(network: str, tmp_path: Path) ->
     recipe = Recipe(model=network, target="onnx", input_shapes=SHAPES)
     with pytest.raises(InputError, match="prepared for another dynamic_batch"):
         api.deploy(api.prepare(recipe), dataclasses.replace(recipe, dynamic_batch=BATCH), tmp_path)
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
-        code = cli.run()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_the_command_line(command: Callable[..., tuple[int, str, str]], network: str, tmp_path: Path) -> None:

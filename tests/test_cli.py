@@ -9,30 +9,15 @@ from pathlib import Path
 import pytest
 from conftest import SHAPE
 
-from mobilemix import api, cli, targets
+from mobilemix import api, targets
 from mobilemix.models import registry
 from mobilemix.targets.tensorrt import builder
 
 COMMAND = [sys.executable, "-m", "mobilemix"]
 
 
-@pytest.fixture
-def mobilemix(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
-        code = cli.run()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-def test_export_says_where_how_large_how_long_and_how_close(mobilemix, network, tmp_path):
-    code, out, _ = mobilemix("export", network, "--input", SHAPE, "-o", tmp_path / "out")
+def test_export_says_where_how_large_how_long_and_how_close(command, network, tmp_path):
+    code, out, _ = command("export", network, "--input", SHAPE, "-o", tmp_path / "out")
     assert code == 0
     closing = out.splitlines()[-1]
     assert closing.startswith(f"verified {tmp_path / 'out' / 'make.mlpackage'} · ")
@@ -42,8 +27,8 @@ def test_export_says_where_how_large_how_long_and_how_close(mobilemix, network, 
 
 
 @pytest.mark.parametrize("chosen", [["-t", "onnx,coreml"], ["-t", "onnx", "--target", "coreml"]])
-def test_several_targets(mobilemix, network, tmp_path, chosen):
-    code, out, _ = mobilemix("export", network, "--input", f"tensor:{SHAPE}", "-o", tmp_path / "out", "--json", *chosen)
+def test_several_targets(command, network, tmp_path, chosen):
+    code, out, _ = command("export", network, "--input", f"tensor:{SHAPE}", "-o", tmp_path / "out", "--json", *chosen)
     assert code == 0
     exports = json.loads(out)
     assert [Path(one["path"]).name for one in exports] == ["make.onnx", "make.mlpackage"]
@@ -65,80 +50,80 @@ class Tokens(nn.Module):
 """
 
 
-def test_inputs_of_other_dtypes(mobilemix, tmp_path):
+def test_inputs_of_other_dtypes(command, tmp_path):
     (tmp_path / "tokens.py").write_text(TOKENS)
     inputs = ["--input", "tensor:int64:1x6", "--input", "complex64:6x4"]
     arguments = ["export", f"{tmp_path}/tokens.py:Tokens", *inputs, "-t", "onnx", "-o", tmp_path, "--json"]
-    code, out, _ = mobilemix(*arguments)
+    code, out, _ = command(*arguments)
     assert code == 0
     (one,) = json.loads(out)
     assert one["manifest"]["recipe"]["input_dtypes"] == ["int64", "complex64"]
     assert one["manifest"]["provenance"]["inputs"]["spectrum"]["shape"] == [6, 4, 2]
 
 
-def test_verify_and_its_exit_codes(mobilemix, network, tmp_path):
-    mobilemix("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path)
-    code, out, _ = mobilemix("verify", tmp_path / "make.onnx")
+def test_verify_and_its_exit_codes(command, network, tmp_path):
+    command("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path)
+    code, out, _ = command("verify", tmp_path / "make.onnx")
     assert code == 0
     assert out.splitlines()[-1].startswith("verified ")
     manifest = tmp_path / "make.onnx.manifest.json"
     manifest.write_text(manifest.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
-    code, out, _ = mobilemix("verify", tmp_path / "make.onnx", "--json")
+    code, out, _ = command("verify", tmp_path / "make.onnx", "--json")
     assert code == 1
     assert json.loads(out)["passed"] is False
 
 
-def test_a_failed_verification_exits_with_1_and_says_why(mobilemix, network, tmp_path):
+def test_a_failed_verification_exits_with_1_and_says_why(command, network, tmp_path):
     arguments = ("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path, "--tolerance", "1e-12")
-    code, out, _ = mobilemix(*arguments)
+    code, out, _ = command(*arguments)
     assert code == 1
     assert "FAILED" in out
     assert "first departure: " in out
 
 
-def test_a_recipe_and_options_over_it(mobilemix, network, tmp_path):
+def test_a_recipe_and_options_over_it(command, network, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('target = "onnx"\nopset = 19\ninput_shapes = [1, 3, 16, 16]\n')
-    code, out, _ = mobilemix("export", network, "--recipe", recipe, "--opset", "20", "-o", tmp_path, "--json")
+    code, out, _ = command("export", network, "--recipe", recipe, "--opset", "20", "-o", tmp_path, "--json")
     assert code == 0
     assert json.loads(out)[0]["manifest"]["recipe"]["opset"] == 20
 
 
-def test_inspect_a_model_and_what_became_of_it(mobilemix, network, tmp_path):
-    code, out, _ = mobilemix("inspect", network, "--input", SHAPE)
+def test_inspect_a_model_and_what_became_of_it(command, network, tmp_path):
+    code, out, _ = command("inspect", network, "--input", SHAPE)
     assert code == 0
     for part in ("fft_rfft2", "complex_to_real", "multiply-adds", "nothing is in the way"):
         assert part in out
-    code, out, _ = mobilemix("inspect", network, "--input", SHAPE, "--json")
+    code, out, _ = command("inspect", network, "--input", SHAPE, "--json")
     assert code == 0
     after = json.loads(out)["after"]["multiply_adds"]
-    mobilemix("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path)
-    code, out, _ = mobilemix("inspect", tmp_path / "make.onnx", "--json")
+    command("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path)
+    code, out, _ = command("inspect", tmp_path / "make.onnx", "--json")
     assert code == 0
     report = json.loads(out)
     assert report["cost"]["multiply_adds"] == after
     assert report["provenance"]["target"] == "onnx"
-    assert "ONNX opset 18" in mobilemix("inspect", tmp_path / "make.onnx")[1]
+    assert "ONNX opset 18" in command("inspect", tmp_path / "make.onnx")[1]
 
 
-def test_inspect_takes_a_recipe(mobilemix, network, tmp_path):
+def test_inspect_takes_a_recipe(command, network, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f'model = "{network}"\ninput_shapes = [2, 3, 16, 16]\n')
-    code, out, _ = mobilemix("inspect", "--recipe", recipe, "--json")
+    code, out, _ = command("inspect", "--recipe", recipe, "--json")
     assert code == 0
     assert json.loads(out)["inputs"][0]["shape"] == [2, 3, 16, 16]
 
 
-def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeypatch):
+def test_models_lists_what_is_counted_and_what_the_papers_say(command, monkeypatch):
     some = {name: registry.MODELS[name] for name in ("efficientvim_m1", "casvit_xs")}
     monkeypatch.setattr(registry, "MODELS", some)
-    code, out, _ = mobilemix("models", "--json")
+    code, out, _ = command("models", "--json")
     assert code == 0
     rows = {row["name"]: row for row in json.loads(out)}
     assert rows.keys() == some.keys()
     assert rows["efficientvim_m1"]["published_parameters"] == 6_700_000
     assert abs(rows["efficientvim_m1"]["parameters"] / 6_700_000 - 1) < 0.01
-    code, out, _ = mobilemix("models")
+    code, out, _ = command("models")
     assert code == 0
     assert all(name in out for name in some)
     assert "arXiv:2411.15241" in out
@@ -190,9 +175,9 @@ def test_models_lists_what_is_counted_and_what_the_papers_say(mobilemix, monkeyp
         (["inspect", "nowhere.onnx", "--input", "1x3x8x8"], "nowhere.onnx is an artifact, inspected as it is"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(mobilemix, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, out, err = mobilemix(*arguments)
+    code, out, err = command(*arguments)
     assert code == 2
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1
@@ -202,9 +187,9 @@ def test_bad_input_is_one_line_and_exit_code_2(mobilemix, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_target_whose_libraries_are_missing_names_its_extra(mobilemix, tmp_path, monkeypatch):
+def test_a_target_whose_libraries_are_missing_names_its_extra(command, tmp_path, monkeypatch):
     monkeypatch.setitem(targets.EXTRAS, "tensorrt-rtx", {"nowhere_to_be_found": "tensorrt-rtx-cu13-bindings"})
-    code, out, err = mobilemix("export", "-t", "tensorrt-rtx", "-o", tmp_path / "out")
+    code, out, err = command("export", "-t", "tensorrt-rtx", "-o", tmp_path / "out")
     assert (code, out) == (2, "")
     assert err == (
         "error: the target tensorrt-rtx needs tensorrt-rtx-cu13-bindings, which is not installed; "
@@ -212,10 +197,10 @@ def test_a_target_whose_libraries_are_missing_names_its_extra(mobilemix, tmp_pat
     )
 
 
-def test_tensorrt_without_a_gpu_says_what_was_not_checked(mobilemix, network, tmp_path, monkeypatch):
+def test_tensorrt_without_a_gpu_says_what_was_not_checked(command, network, tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "can_build", lambda flavour: "no NVIDIA driver")
     export = ("export", network, "-t", "onnx,tensorrt", "--workspace", 64, "--input", SHAPE, "-o", tmp_path)
-    code, out, _ = mobilemix(*export)
+    code, out, _ = command(*export)
     assert code == 0
     assert [
         line.split(" · ")[0] for line in out.splitlines() if line.startswith(("verified", "engine", "not run"))
@@ -226,31 +211,31 @@ def test_tensorrt_without_a_gpu_says_what_was_not_checked(mobilemix, network, tm
         "--stronglyTyped --noTF32 --skipInference --memPoolSize=workspace:64",
         f"verified {tmp_path / 'make.tensorrt.onnx'}",
     ]
-    code, out, _ = mobilemix("verify", tmp_path / "make.tensorrt.onnx")
+    code, out, _ = command("verify", tmp_path / "make.tensorrt.onnx")
     assert code == 0
     assert "not run TensorRT engine" in out
-    code, out, _ = mobilemix(*export, "--json")
+    code, out, _ = command(*export, "--json")
     assert code == 0
     builds = [one["manifest"]["build"] for one in json.loads(out)]
     assert builds == [{}, {"files": {}, "reason": "no NVIDIA driver"}]
-    code, out, _ = mobilemix("inspect", tmp_path / "make.tensorrt.onnx")
+    code, out, _ = command("inspect", tmp_path / "make.tensorrt.onnx")
     assert code == 0
     assert "nothing in it is known to stop a runtime" in out
 
 
 @pytest.mark.skipif(bool(builder.can_build("tensorrt-rtx")), reason="needs pip install 'mobilemix[tensorrt-rtx]'")
-def test_an_engine_has_a_line_of_its_own(mobilemix, network, tmp_path):
-    code, out, _ = mobilemix("export", network, "-t", "tensorrt-rtx", "--input", SHAPE, "-o", tmp_path)
+def test_an_engine_has_a_line_of_its_own(command, network, tmp_path):
+    code, out, _ = command("export", network, "-t", "tensorrt-rtx", "--input", SHAPE, "-o", tmp_path)
     assert code == 0
     *_, line = out.splitlines()
     assert line.startswith(f"engine {tmp_path / 'make.rtx.engine'} · ")
     assert " MB · " in line
     assert "TensorRT for RTX 1." in line
     assert "no GPU: built ahead of time · layers: " in line
-    assert mobilemix("verify", tmp_path / "make.rtx.onnx")[0] == 0
+    assert command("verify", tmp_path / "make.rtx.onnx")[0] == 0
 
 
-def test_what_tensorrt_does_not_take_is_one_line(mobilemix, tmp_path):
+def test_what_tensorrt_does_not_take_is_one_line(command, tmp_path):
     (tmp_path / "bits.py").write_text(
         "from torch import nn\n\n"
         "class Bits(nn.Module):\n"
@@ -258,7 +243,7 @@ def test_what_tensorrt_does_not_take_is_one_line(mobilemix, tmp_path):
         "        return (image.int() & 3).float()\n"
     )
     model = f"{tmp_path / 'bits.py'}:Bits"
-    code, out, err = mobilemix("export", model, "-t", "tensorrt", "--input", "1x4", "-o", tmp_path / "out")
+    code, out, err = command("export", model, "-t", "tensorrt", "--input", "1x4", "-o", tmp_path / "out")
     assert (code, out) == (2, "")
     (line,) = err.strip().splitlines()
     assert "TensorRT does not take BitwiseAnd at" in line
@@ -269,10 +254,10 @@ def test_what_tensorrt_does_not_take_is_one_line(mobilemix, tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["-t", "litert"], ["-t", "onnx,litert"], ["-t", "litert", "--precision", "int8"]]
 )
-def test_a_target_that_is_not_installed_costs_no_wait(mobilemix, tmp_path, monkeypatch, arguments):
+def test_a_target_that_is_not_installed_costs_no_wait(command, tmp_path, monkeypatch, arguments):
     monkeypatch.setitem(targets.EXTRAS, "litert", {"nowhere_to_be_found": "litert-torch"})
     monkeypatch.setattr(api, "prepare", lambda *_, **__: pytest.fail("the model was loaded"))
-    code, out, err = mobilemix("export", *arguments, "-o", tmp_path / "out")
+    code, out, err = command("export", *arguments, "-o", tmp_path / "out")
     assert (code, out) == (2, "")
     assert err == (
         "error: the target litert needs litert-torch, which is not installed; pip install 'mobilemix[litert]'\n"
@@ -280,21 +265,21 @@ def test_a_target_that_is_not_installed_costs_no_wait(mobilemix, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_litert_beside_another_target(mobilemix, network, tmp_path):
+def test_litert_beside_another_target(command, network, tmp_path):
     pytest.importorskip("litert_torch", reason="needs pip install 'mobilemix[litert]'")
-    code, out, err = mobilemix("export", network, "-t", "onnx,litert", "--input", SHAPE, "-o", tmp_path)
+    code, out, err = command("export", network, "-t", "onnx,litert", "--input", SHAPE, "-o", tmp_path)
     assert code == 0
     assert [line.split(" · ")[0] for line in out.splitlines() if line.startswith("verified")] == [
         f"verified {tmp_path / 'make.onnx'}",
         f"verified {tmp_path / 'make.tflite'}",
     ]
     assert err.strip() in ("", "note: make has random weights; give a checkpoint with --weights")
-    assert mobilemix("verify", tmp_path / "make.tflite")[0] == 0
-    code, out, _ = mobilemix("inspect", tmp_path / "make.tflite")
+    assert command("verify", tmp_path / "make.tflite")[0] == 0
+    code, out, _ = command("inspect", tmp_path / "make.tflite")
     assert code == 0
     assert "LiteRT (TFLite schema 3)" in out
     (tmp_path / "cut.tflite").write_bytes((tmp_path / "make.tflite").read_bytes()[:5000])
-    code, out, err = mobilemix("inspect", tmp_path / "cut.tflite")
+    code, out, err = command("inspect", tmp_path / "cut.tflite")
     assert (code, out) == (2, "")
     (line,) = (line for line in err.splitlines() if line.strip())
     assert line.startswith("error: ")
@@ -306,17 +291,17 @@ def test_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in run.stderr
 
 
-def test_an_output_folder_that_is_a_file(mobilemix, network, tmp_path):
+def test_an_output_folder_that_is_a_file(command, network, tmp_path):
     (tmp_path / "out").write_text("a file")
-    code, _, err = mobilemix("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path / "out")
+    code, _, err = command("export", network, "-t", "onnx", "--input", SHAPE, "-o", tmp_path / "out")
     assert code == 2
     assert "cannot write to" in err
 
 
-def test_version_and_help(mobilemix):
-    assert mobilemix("--version")[:2] == (0, "mobilemix 0.1.0\n")
-    assert "export" in mobilemix("--help")[1]
-    assert "export" in mobilemix()[1]
+def test_version_and_help(command):
+    assert command("--version")[:2] == (0, "mobilemix 0.1.0\n")
+    assert "export" in command("--help")[1]
+    assert "export" in command()[1]
 
 
 ENDING = """
@@ -360,7 +345,7 @@ def test_standard_output_that_fails_at_the_end_is_told_as_python_tells_it():
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_the_older_artifact_and_nothing_half_made(mobilemix, network, tmp_path, stop):
+def test_an_interrupted_run_leaves_the_older_artifact_and_nothing_half_made(command, network, tmp_path, stop):
     out = tmp_path / "out"
     out.mkdir()
     older = {"make.onnx": "the older artifact", "make.onnx.manifest.json": "and its manifest"}
@@ -383,5 +368,5 @@ def test_an_interrupted_run_leaves_the_older_artifact_and_nothing_half_made(mobi
         return
     # Nothing runs when a process is killed; what it left is gone after the next run.
     assert len(list(out.iterdir())) == len(older) + 1
-    assert mobilemix(*arguments)[0] == 0
+    assert command(*arguments)[0] == 0
     assert sorted(path.name for path in out.iterdir()) == sorted(older)

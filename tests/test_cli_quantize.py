@@ -1,8 +1,6 @@
 """`mobilemix quantize`, on a network of which one layer has weights that 8 bits cannot hold."""
 
 import json
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,27 +60,14 @@ def pixels(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
-        code = cli.run()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
 @pytest.mark.parametrize("target", ["onnx", "coreml"])
-def test_the_spoiled_layer_stays_in_float_and_the_recipe_makes_the_same_file(run, network, pixels, tmp_path, target):
+def test_the_spoiled_layer_stays_in_float_and_the_recipe_makes_the_same_file(
+    command, network, pixels, tmp_path, target
+):
     out = tmp_path / "out"
     ios = ["--minimum-ios", "17"] if target == "coreml" else []
     options = ["--input", f"tensor:{SHAPE}", "--calibration", pixels, *ios]
-    code, text, _ = run("quantize", network, "-t", target, *options, "--max-drop", LIMIT, "-o", out, "--json")
+    code, text, _ = command("quantize", network, "-t", target, *options, "--max-drop", LIMIT, "-o", out, "--json")
     assert code == 0
     found = json.loads(text)
     report = found["report"]
@@ -98,7 +83,7 @@ def test_the_spoiled_layer_stays_in_float_and_the_recipe_makes_the_same_file(run
 
     artifact, recipe = Path(found["path"]), Path(found["recipe"])
     assert recipe.name == f"spoiled.{target}.toml"
-    code, _, _ = run("export", "--recipe", recipe, "-o", tmp_path / "again")
+    code, _, _ = command("export", "--recipe", recipe, "-o", tmp_path / "again")
     assert code == 0
     again = tmp_path / "again" / artifact.name
     files = [each.relative_to(artifact) for each in sorted(artifact.rglob("*")) if each.is_file()] or [Path()]
@@ -107,11 +92,11 @@ def test_the_spoiled_layer_stays_in_float_and_the_recipe_makes_the_same_file(run
             assert (again / file).read_bytes() == (artifact / file).read_bytes(), file
 
 
-def test_tables_and_the_closing_lines(run, network, pixels, tmp_path):
+def test_tables_and_the_closing_lines(command, network, pixels, tmp_path):
     labels = np.arange(SAMPLES) % 4
     np.savez(tmp_path / "data.npz", input=np.load(pixels), labels=labels)
     options = ["--input", f"tensor:{SHAPE}", "--calibration", pixels, "--data", tmp_path / "data.npz"]
-    code, text, _ = run(
+    code, text, _ = command(
         "quantize", network.replace("spoiled", "classifier"), *options, "--max-drop", "90%", "-o", tmp_path / "out"
     )
     assert code == 0
@@ -165,7 +150,7 @@ def test_shares(text, share):
     assert cli._share_of(text) == pytest.approx(share)
 
 
-def test_what_is_no_share_is_said(run, network):
-    code, _, err = run("quantize", network, "--max-drop", "little")
+def test_what_is_no_share_is_said(command, network):
+    code, _, err = command("quantize", network, "--max-drop", "little")
     assert code == 2
     assert err == "error: --max-drop cannot be 'little'; give a share such as 0.5% or 0.005\n"

@@ -3,8 +3,6 @@ import itertools
 import json
 import math
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mobilemix
-from mobilemix import cli, evaluation
+from mobilemix import evaluation
 from mobilemix.errors import InputError
 from mobilemix.evaluation import Truth, measure, truth_of
 from mobilemix.preprocess import Preprocess
@@ -324,20 +322,6 @@ def test_inputs_that_are_no_image(tmp_path: Path) -> None:
     found = mobilemix.evaluate(exported.path, tmp_path / "a.npz")
     assert (found.samples, found.agreement) == (5, None)
     assert found.cosine == pytest.approx(1, abs=FLOAT32)
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run the command line in this process; returns (exit code, standard output, standard error)."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
-        code = cli.run()
-        return code, *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 def test_the_command(command, network: str, pictures: Path, tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
 """From the command line to an artifact: `--shim`, recipes, manifests, and the shim that is found to be missing."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 import mobilemix
-from mobilemix import cli
 from mobilemix.api import prepare
 from mobilemix.errors import CaptureError, UnknownNameError
 from mobilemix.manifest import read_manifest
@@ -70,28 +68,12 @@ def net(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mobilemix", *map(str, arguments)])
-        code = cli.run()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    handlers = {stop: signal.getsignal(stop) for stop in (signal.SIGTERM, signal.SIGINT)}
-    yield run
-    for stop, handler in handlers.items():
-        signal.signal(stop, handler)
-
-
 @pytest.mark.parametrize(
     ("target", "options"),
     [("onnx", ["--shim", "mamba"]), ("onnx", []), pytest.param("coreml", [], marks=pytest.mark.slow)],
 )
-def test_export_and_verify(run, net, tmp_path, options, target):
-    code, out, err = run("export", f"{net}make", "--input", SHAPE, "-t", target, "-o", tmp_path, "--json", *options)
+def test_export_and_verify(command, net, tmp_path, options, target):
+    code, out, err = command("export", f"{net}make", "--input", SHAPE, "-t", target, "-o", tmp_path, "--json", *options)
     assert code == 0, err
     assert (NOTE in err.splitlines()) is (not options)
     artifact = json.loads(out)[0]["path"]
@@ -100,7 +82,7 @@ def test_export_and_verify(run, net, tmp_path, options, target):
     assert manifest.parity["reference"] == "float64"
     sys.modules.pop("layers"), sys.modules.pop("norms")
     # The recipe knows, so nothing has to be found out again, and the weights are the same ones.
-    code, out, err = run("verify", artifact)
+    code, out, err = command("verify", artifact)
     assert (code, NOTE in err) == (0, False), out
     assert "mamba_ssm" not in sys.modules
 
@@ -123,16 +105,16 @@ def test_a_module_in_hand_takes_the_shim_too(net):
     assert prepared.references["noise"].dtype == "float64"
 
 
-def test_an_unknown_shim_is_one_line(run, tmp_path):
-    code, _, err = run("export", "--shim", "mambo", "-o", tmp_path)
+def test_an_unknown_shim_is_one_line(command, tmp_path):
+    code, _, err = command("export", "--shim", "mambo", "-o", tmp_path)
     assert code == 2
     assert err.strip() == "error: unknown shim 'mambo'; did you mean 'mamba'? Valid: mamba, triton"
     with pytest.raises(UnknownNameError, match="unknown shim 'x'"):
         Recipe(shim=("mamba", "x"))
 
 
-def test_a_name_that_the_shim_has_not_is_one_line(run, net):
-    code, _, err = run("export", f"{net}absent", "--input", SHAPE)
+def test_a_name_that_the_shim_has_not_is_one_line(command, net):
+    code, _, err = command("export", f"{net}absent", "--input", SHAPE)
     assert code == 2
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1
@@ -159,7 +141,7 @@ def test_a_model_that_loads_without_is_left_alone(tmp_path, capsys):
     sys.modules.pop("guarded")
 
 
-def test_a_guarded_import_that_leaves_none_is_explained(run, tmp_path):
+def test_a_guarded_import_that_leaves_none_is_explained(command, tmp_path):
     path = tmp_path / "guarded.py"
     path.write_text("""
 from torch import nn
@@ -172,7 +154,7 @@ class Net(nn.Module):
     def forward(self, x):
         return selective_scan_fn(x)
 """)
-    code, _, err = run("export", f"{path}:Net", "--input", SHAPE)
+    code, _, err = command("export", f"{path}:Net", "--input", SHAPE)
     assert code == 2
     assert "'NoneType' object is not callable" in err
     assert err.strip().endswith("; mamba_ssm could not be imported: --shim mamba stands in")
