@@ -69,7 +69,7 @@ def _key(path: Path, samples: Sequence[Inputs], *more: str) -> str:
     weights = path.with_suffix(".data")
     contents = [files.sha256(each) for each in (path, weights) if each.exists()]
     # Observers are part of it as they are written, so that no version of theirs answers for another.
-    code = [files.sha256(Path(__file__).with_name(name)) for name in ("observers.py", "affine.py")]
+    code = [files.sha256(Path(__file__).with_name(name)) for name in ("observers.py", "affine.py", "drift.py")]
     parts = (mobilemix.__version__, *code, *contents, digest(samples), *more)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

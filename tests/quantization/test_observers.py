@@ -99,7 +99,7 @@ def test_moving_average_follows_what_comes_last() -> None:
 @pytest.mark.parametrize("name", CLIPPING)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_an_outlier_is_clipped(name: str, symmetric: bool) -> None:
-    values = draw("normal")
+    values = draw("normal", count=20)
     values[2][7] = 12.0
     low, high = observe(name, values, symmetric)
     assert 2.5 < high < 11
@@ -128,7 +128,7 @@ def test_squared_error_is_never_worse_than_of_the_whole_range(values: list[np.nd
 
 @pytest.mark.parametrize("kind", ["normal", "laplace", "long-tailed"])
 def test_percentile_clips_its_share(kind: str) -> None:
-    values = draw(kind)
+    values = draw(kind, count=80)
     low, high = observe("percentile", values)
     every = np.concatenate(values)
     assert ((every < low) | (every > high)).mean() == pytest.approx(TAIL, rel=0.3)

@@ -8,10 +8,8 @@ import torch
 
 from mobilemix.progress import counting
 from mobilemix.quantization import moments
-from mobilemix.quantization.affine import from_integers, grid_between, to_integers
 from mobilemix.quantization.moments import Moments
 from mobilemix.quantization.observers import OBSERVERS, show
-from mobilemix.quantization.sensitivity import sqnr
 from mobilemix.targets.base import Array, Inputs, Runner
 from mobilemix.targets.coreml.layers import Layer
 from mobilemix.targets.coreml.mil_ops.convolution import paddings
@@ -35,18 +33,6 @@ def observed(
 
         spread(observe, list(names))
     return {name: each.range(symmetric=False) for name, each in observers.items()}
-
-
-def signal_to_noise(
-    runner: Runner, ranges: Mapping[str, tuple[float, float]], samples: Sequence[Inputs]
-) -> dict[str, float]:
-    """In dB, what 8 bits of a range leave of each value, over the first samples."""
-    grids = {name: grid_between(*ends, symmetric=False) for name, ends in ranges.items()}
-    pairs: dict[str, list[tuple[Array, Array]]] = {name: [] for name in ranges}
-    for shown in _shown(runner, ranges, samples[:AT_ONCE]):
-        for name, grid in grids.items():
-            pairs[name] += [(from_integers(to_integers(each[name], grid), grid), each[name]) for each in shown]
-    return {name: sqnr(*map(list, zip(*each, strict=True))) for name, each in pairs.items()}
 
 
 def moments_of(

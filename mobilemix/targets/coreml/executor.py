@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mobilemix.errors import InputError, UnsupportedOpError
+from mobilemix.quantization.drift import Probe
 from mobilemix.targets.coreml.mil_ops import RULES, Rule
 from mobilemix.targets.coreml.package import Constant, Operation, Output, Package
 
@@ -72,8 +73,18 @@ class Executor:
             if isinstance(value, Tensor):
                 yield name, _array(value)
 
-    def _execute(self, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Value]]:
+    def probed(self, inputs: Mapping[str, np.ndarray], probe: Probe) -> list[Tensor]:
+        """Run with gradients; the outputs that are numbers, every rounding of a value being one of the probe's points.
+
+        A point has the name of the value. Raises as `run` does.
+        """
+        wanted = set(self.package.outputs)
+        found = {name: value for name, value in self._execute(inputs, probe) if name in wanted}
+        return [value for value in found.values() if isinstance(value, Tensor)]
+
+    def _execute(self, inputs: Mapping[str, np.ndarray], probe: Probe | None = None) -> Iterator[tuple[str, Value]]:
         live: dict[str, Value] = self._inputs(inputs)
+        exact: dict[str, tuple[str, Tensor]] = {}  # name and numbers of what was quantised, by the name of the integers
         uses = Counter(self._uses)
         for operation in self.package.operations:
             if operation.type == "const":
@@ -82,7 +93,10 @@ class Executor:
             constant = operation.type.startswith("constexpr_")
             scope = self._constants if constant else live
             if not constant or operation.outputs[0].name not in scope:
-                scope.update(self._operation(operation, live))
+                made = self._operation(operation, live, graded=probe is not None)
+                if probe is not None and operation.type in ("quantize", "dequantize"):
+                    made = _probed(operation, live, made, exact, probe)
+                scope.update(made)
             for output in operation.outputs:
                 yield output.name, scope[output.name]
             for name in _references(operation):
@@ -116,7 +130,7 @@ class Executor:
             self._read[id(constant)] = _stored(torch.from_numpy(np.array(constant.array)), constant.dtype)
         return self._read[id(constant)]
 
-    def _operation(self, operation: Operation, live: Mapping[str, Value]) -> dict[str, Value]:
+    def _operation(self, operation: Operation, live: Mapping[str, Value], *, graded: bool) -> dict[str, Value]:
         rule = RULES[operation.type]
         what = f"{operation.type} '{operation.name}'"
         bound = operation.inputs | {name: (value,) for name, value in operation.attributes.items()}
@@ -132,7 +146,7 @@ class Executor:
             arguments[parameter] = values if parameter in rule.lists else values[0]
             first = argument[0]
             dtypes[parameter] = first.dtype if isinstance(first, Constant) else self._dtypes[first]
-        outputs = _computed(rule.compute, arguments, what)
+        outputs = _computed(rule.compute, arguments, what, graded)
         if len(outputs) != len(operation.outputs):
             raise InputError(f"{what} declares {len(operation.outputs)} outputs, {len(outputs)} were computed")
         _check_dtypes(rule, operation, dtypes, arguments, what)
@@ -158,13 +172,30 @@ class Executor:
         return value
 
 
+def _probed(
+    operation: Operation,
+    live: Mapping[str, Value],
+    made: dict[str, Value],
+    exact: dict[str, tuple[str, Tensor]],
+    probe: Probe,
+) -> dict[str, Value]:
+    """Remember what is quantised, and make what is dequantised again a point of the probe."""
+    (read,), (result,) = operation.inputs["input"], made
+    if not isinstance(read, str):
+        return made
+    if operation.type == "quantize":
+        exact[result] = (read, live[read])
+        return made
+    return {result: probe.round(*exact[read], made[result])}
+
+
 def _references(operation: Operation) -> Iterator[str]:
     return (each for argument in operation.inputs.values() for each in argument if isinstance(each, str))
 
 
-def _computed(compute: Callable[..., Any], arguments: Mapping[str, Value], what: str) -> Sequence[Value]:
+def _computed(compute: Callable[..., Any], arguments: Mapping[str, Value], what: str, graded: bool) -> Sequence[Value]:
     try:
-        with torch.inference_mode():
+        with torch.set_grad_enabled(graded):
             outputs = compute(**arguments)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         raise InputError(f"{what} cannot be executed: {' '.join(str(error).split())}") from error

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -19,12 +20,12 @@ from mobilemix.errors import InputError
 from mobilemix.quantization import cache
 from mobilemix.quantization.affine import Grid, grid_between
 from mobilemix.quantization.data import calibration
-from mobilemix.quantization.observers import LEAST_SQNR
+from mobilemix.quantization.drift import MOST, unheld
 from mobilemix.quantization.options import FLOAT, check_patterns, precision_of
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import LARGEST_HALF, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import SMALLEST_NORMAL
-from mobilemix.targets.coreml.calibrate import moments_of, observed, signal_to_noise
+from mobilemix.targets.coreml.calibrate import moments_of, observed
 from mobilemix.targets.coreml.layers import Layer, layers
 from mobilemix.targets.coreml.package import Package
 from mobilemix.targets.coreml.weights import PALETTES, Form, compress, half_up
@@ -47,6 +48,13 @@ class Rounded:
 
     grid: Grid
     readers: frozenset[str]
+
+
+class Observable(Runner, Protocol):
+    """A float package that can be executed with some of its values rounded."""
+
+    def drifts(self, values: Mapping[str, Rounded], samples: Sequence[Inputs]) -> dict[str, float]:
+        """By how much the rounding of each value moves the outputs; see `mobilemix.quantization.drift.drifts`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,7 @@ def check_options(recipe: Recipe) -> None:
             )
 
 
-def planned(package: Package, lowered: Lowered, recipe: Recipe, runner: Runner) -> Plan:
+def planned(package: Package, lowered: Lowered, recipe: Recipe, runner: Observable) -> Plan:
     """Choose the form of every weight, and observe what is to be rounded.
 
     Args:
@@ -139,10 +147,13 @@ def rounded_values(
     package: Package,
     chosen: Sequence[tuple[Layer, str]],
     recipe: Recipe,
-    runner: Runner,
+    runner: Observable,
     samples: Callable[[], list[Inputs]],
 ) -> dict[str, Rounded]:
-    """What int8 layers read, by name, in 8 bits of the range that samples show; see `planned`."""
+    """What int8 layers read, by name, in 8 bits of the range that samples show; see `planned`.
+
+    Values that 8 bits do not hold are not among them; see `mobilemix.quantization.drift.unheld`.
+    """
     readers: dict[str, set[str]] = defaultdict(set)
     for layer, precision in chosen:
         if precision == "int8" and layer.value is not None:
@@ -150,25 +161,21 @@ def rounded_values(
     if not readers:
         return {}
     observer = recipe.quantization.observer or OBSERVER
-    ranges = cache.ranges(
-        package.path,
-        samples(),
-        observer,
-        False,
-        lambda: _held(runner, observed(runner, readers, samples(), observer), samples()),
-        str(LEAST_SQNR),
-        *sorted(readers),
-    )
+
+    def held() -> dict[str, tuple[float, float]]:
+        found = observed(runner, readers, samples(), observer)
+        lost = unheld(runner.drifts(_rounded(found, readers), samples()), MOST)
+        return {name: (0.0, 0.0) if name in lost else ends for name, ends in found.items()}
+
+    names = (f"{name} {' '.join(sorted(each))}" for name, each in readers.items())
+    ranges = cache.ranges(package.path, samples(), observer, False, held, str(MOST), *sorted(names))
+    return _rounded(ranges, readers)
+
+
+def _rounded(ranges: Mapping[str, tuple[float, float]], readers: Mapping[str, set[str]]) -> dict[str, Rounded]:
+    """Those of the values whose range is one."""
     grids = {name: _grid(*ranges[name]) for name in readers}
     return {name: Rounded(grid, frozenset(readers[name])) for name, grid in grids.items() if grid is not None}
-
-
-def _held(
-    runner: Runner, ranges: dict[str, tuple[float, float]], samples: Sequence[Inputs]
-) -> dict[str, tuple[float, float]]:
-    """Ranges, empty for values of which 8 bits do not leave enough."""
-    left = signal_to_noise(runner, ranges, samples)
-    return {name: ends if left[name] >= LEAST_SQNR else (0.0, 0.0) for name, ends in ranges.items()}
 
 
 def _grid(low: float, high: float) -> Grid | None:

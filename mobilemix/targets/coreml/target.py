@@ -18,6 +18,7 @@ from mobilemix import parity
 from mobilemix.errors import InputError
 from mobilemix.passes import lower_scans
 from mobilemix.quantization.data import calibration
+from mobilemix.quantization.drift import drifts
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import FAINT, Audit, audit
@@ -28,7 +29,7 @@ from mobilemix.targets.coreml.equivalence import Equivalence, compare
 from mobilemix.targets.coreml.executor import Executor
 from mobilemix.targets.coreml.layers import layers
 from mobilemix.targets.coreml.package import Package, read_package
-from mobilemix.targets.coreml.plan import LEAST_IOS, check_options, choose, planned, rounded_values
+from mobilemix.targets.coreml.plan import LEAST_IOS, Plan, Rounded, check_options, choose, planned, rounded_values
 from mobilemix.targets.coreml.proof import simulation_check, values_check, weights_check
 from mobilemix.threads import spread
 
@@ -62,6 +63,11 @@ class PackageRunner:
     def values(self, inputs: Inputs) -> Iterator[tuple[str, Array]]:
         """Every intermediate value."""
         return self.executor.values(self.feed(inputs))
+
+    def drifts(self, values: Mapping[str, Rounded], samples: Sequence[Inputs]) -> dict[str, float]:
+        """See `mobilemix.targets.coreml.plan.Observable`; nothing else is rounded."""
+        executor = Executor(simulated(self.package, Plan({}, values)), rounding="none")
+        return drifts(lambda inputs, probe: executor.probed(self.feed(inputs), probe), samples)
 
     def feed(self, inputs: Inputs) -> dict[str, Array]:
         """What the package takes: integers as int32, an image as pixels (x · std + mean) · 255 that are not clipped."""

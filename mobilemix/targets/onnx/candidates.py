@@ -24,9 +24,9 @@ from mobilemix.recipe import Recipe, opset_of
 from mobilemix.targets.base import Array, Inputs, Lowered
 from mobilemix.targets.onnx import dynamic, weights
 from mobilemix.targets.onnx.convert import write
-from mobilemix.targets.onnx.observation import held_ranges, layer_moments
+from mobilemix.targets.onnx.observation import layer_moments, lost_of
 from mobilemix.targets.onnx.products import Product, kept, product
-from mobilemix.targets.onnx.quantize import OBSERVER, insert, place, unheld
+from mobilemix.targets.onnx.quantize import held_ranges, insert
 from mobilemix.targets.onnx.quantized import PRECISIONS, layers
 
 TIMED = 10
@@ -57,10 +57,9 @@ class Candidates:
         self._samples = calibration(lowered, recipe.quantization)
         graph = ir.load(self._path).graph
         if recipe.precision == "int8":
-            observer = recipe.quantization.observer or OBSERVER
             self._left = kept(graph, recipe.quantization)
-            self._ranges = held_ranges(self._path, place(graph, self._left).observed, self._samples, observer)
-            found = list(layers(graph, recipe, unheld(self._ranges)))
+            self._ranges = held_ranges(self._path, self._samples, recipe.quantization, self._left)
+            found = list(layers(graph, recipe, lost_of(self._ranges)))
             self._moments = layer_moments(self._path, found, self._samples, recipe.quantization)
         else:
             found = list(layers(graph, recipe))

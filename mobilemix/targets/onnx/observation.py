@@ -1,24 +1,24 @@
 """What samples show of a float32 file's values: ranges for their integers, moments for the rounding of weights."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+import onnx_ir as ir
+import torch
 
 from mobilemix.quantization import cache
-from mobilemix.quantization.affine import from_integers, grid_between, to_integers
+from mobilemix.quantization.drift import MOST, drifts, unheld
 from mobilemix.quantization.moments import Moments
-from mobilemix.quantization.observers import LEAST_SQNR, OBSERVERS, show
+from mobilemix.quantization.observers import OBSERVERS, show
 from mobilemix.quantization.options import Quantization
 from mobilemix.targets.base import Inputs
+from mobilemix.targets.onnx.pairs import OWN, SCALE
 from mobilemix.targets.onnx.products import Product
 from mobilemix.targets.onnx.runtime import observe
+from mobilemix.targets.onnx.torch_graph import simulate_graph
 
 Ranges = Mapping[str, tuple[float, float]]
-
-COMPARED = 32
-"""Samples on which values are compared with what 8 bits leave of them."""
 
 
 def ranges(path: Path, names: Collection[str], samples: Sequence[Inputs], observer: str, *, symmetric: bool) -> Ranges:
@@ -27,28 +27,36 @@ def ranges(path: Path, names: Collection[str], samples: Sequence[Inputs], observ
     return cache.ranges(path, samples, observer, symmetric, compute, *sorted(names))
 
 
-def held_ranges(path: Path, names: Collection[str], samples: Sequence[Inputs], observer: str) -> Ranges:
-    """As `ranges`, asymmetric; (0, 0) for values of which 8 bits leave less than `LEAST_SQNR`."""
+def held(
+    path: Path,
+    found: Ranges,
+    samples: Sequence[Inputs],
+    insert: Callable[[ir.Model, Ranges], None],
+    *key: str,
+) -> Ranges:
+    """Ranges, (0, 0) for the values that are to stay in float, see `mobilemix.quantization.drift.unheld`.
+
+    Args:
+        path: float32 file.
+        found: range of each value that may be rounded, by name.
+        samples: typical inputs.
+        insert: rounds them to these ranges, in a model in memory; scales have the names that `Pairs` gives them.
+        key: what `insert` does besides depends on this.
+    """
 
     def compute() -> Ranges:
-        found = _observed(path, names, samples, observer, symmetric=False)
-        left = signal_to_noise(path, found, samples)
-        return {name: ends if left[name] >= LEAST_SQNR else (0.0, 0.0) for name, ends in found.items()}
+        model = ir.load(path)
+        insert(model, found)
+        moved = drifts(simulate_graph(ir.to_proto(model).graph, torch.float32).probed, samples)
+        lost = unheld({name.removesuffix(SCALE).partition(OWN)[0]: drift for name, drift in moved.items()}, MOST)
+        return {name: (0.0, 0.0) if name in lost else ends for name, ends in found.items()}
 
-    return cache.ranges(path, samples, observer, False, compute, str(LEAST_SQNR), *sorted(names))
+    return cache.ranges(path, samples, "held", False, compute, str(MOST), *key, str(sorted(found.items())))
 
 
-def signal_to_noise(path: Path, found: Ranges, samples: Sequence[Inputs]) -> dict[str, float]:
-    """In dB, what 8 bits of a range leave of each value, over some of the samples."""
-    grids = {name: grid_between(*ends, signed=False, symmetric=False) for name, ends in found.items()}
-    signal, noise = (dict.fromkeys(found, 0.0) for _ in range(2))
-    for values in observe(path, found, samples[:: -(-len(samples) // COMPARED)]):
-        for name, value in values.items():
-            rounded = from_integers(to_integers(value, grids[name]), grids[name])
-            signal[name] += float(np.square(value, dtype=np.float64).sum())
-            noise[name] += float(np.square(rounded - value, dtype=np.float64).sum())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {name: float(10 * np.log10(np.float64(signal[name]) / noise[name])) for name in found}
+def lost_of(seen: Ranges) -> frozenset[str]:
+    """Names of the values that stay in float, because 8 bits do not hold them; see `held`."""
+    return frozenset(name for name, (low, high) in seen.items() if not low < high)
 
 
 def _observed(path: Path, names: Collection[str], samples: Sequence[Inputs], observer: str, symmetric: bool) -> Ranges:

@@ -20,6 +20,7 @@ good. On a trained CAS-ViT that saves a tenth of the time, and has three times t
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -38,10 +39,11 @@ from mobilemix.quantization.rounding import bias_correction
 from mobilemix.targets.base import Inputs
 from mobilemix.targets.onnx.floats import keep_floats
 from mobilemix.targets.onnx.formats import FORMATS, zeros
-from mobilemix.targets.onnx.observation import Ranges, held_ranges, layer_moments
+from mobilemix.targets.onnx.observation import Ranges, held, layer_moments, lost_of, ranges
 from mobilemix.targets.onnx.pairs import Pairs, name_nodes, own
 from mobilemix.targets.onnx.products import Product, integers_of, kept, largest, roundable
 from mobilemix.targets.onnx.rewrites.constants import constant
+from mobilemix.targets.onnx.runtime import read_model
 
 OBSERVER = "percentile"
 """Where the recipe names none. On trained classifiers of the four families its worst error of the logits is the least:
@@ -106,17 +108,32 @@ def quantize(source: Path, destination: Path, samples: Sequence[Inputs], options
     """
     model = ir.load(source)
     left = kept(model.graph, options)
-    placement = place(model.graph, left)
-    if not placement.layers:
+    if not place(model.graph, left).layers:
         raise InputError(f"{source.name} has no convolution or product with constant weights to quantise; use fp16")
-    seen = held_ranges(source, placement.observed, samples, options.observer or OBSERVER)
-    placement = place(model.graph, left, unheld(seen))
+    seen = held_ranges(source, samples, options, left)
+    placement = place(model.graph, left, lost_of(seen))
     if not placement.layers:
         raise InputError(f"8 bits hold no value that the products of {source.name} read; use fp16, or --observer")
     nodes = list(model.graph)
     insert(model, seen, options, left, layer_moments(source, placement.layers, samples, options))
     name_nodes(model.graph, nodes)
     ir.save(model, destination)
+
+
+def held_ranges(source: Path, samples: Sequence[Inputs], options: Quantization, left: Collection[str]) -> Ranges:
+    """Range of every value that `place(graph, left)` rounds; (0, 0) for those that stay in float, see `held`.
+
+    Args:
+        source: ONNX, float32.
+        samples: typical inputs.
+        options: observer and format.
+        left: names of the products that stay in float.
+    """
+    names = place(ir.load(source).graph, left).observed
+    found = ranges(source, names, samples, options.observer or OBSERVER, symmetric=False)
+    form = Quantization(format=options.format)
+    change = functools.partial(insert, options=form, left=left)
+    return held(source, found, samples, change, options.format, *sorted(left))
 
 
 def insert(
@@ -136,7 +153,7 @@ def insert(
         left: names of the products that stay in float.
         known: moments of the layers' inputs, by name, where the options need them.
     """
-    lost = unheld(seen)
+    lost = lost_of(seen)
     graph, placement, form = model.graph, place(model.graph, left, lost), FORMATS[options.format]
     if lost:
         model.metadata_props[UNHELD] = json.dumps(sorted(lost))
@@ -200,9 +217,10 @@ def _round_weights(layer: Product, pairs: Pairs, read: Grid, options: Quantizati
         node.replace_input_with(2, pairs.of_constant(own(bias, node), sums, scale, None, node, axis=0))
 
 
-def unheld(seen: Ranges) -> frozenset[str]:
-    """Names of the values that stay in float, because 8 bits do not hold them."""
-    return frozenset(name for name, (low, high) in seen.items() if not low < high)
+def stated_lost(path: Path) -> list[str]:
+    """Names of the values that stay in float in a file, because 8 bits do not hold them."""
+    stated = {entry.key: entry.value for entry in read_model(path).metadata_props}
+    return list(json.loads(stated.get(UNHELD, "[]")))
 
 
 def place(graph: ir.Graph, left: Collection[str] = (), lost: Collection[str] = ()) -> Placement:

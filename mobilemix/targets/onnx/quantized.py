@@ -1,7 +1,6 @@
 """The quantised precisions of the ONNX target: what makes the file of each, and which of its products it changes."""
 
 import functools
-import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from mobilemix.targets.onnx import checks, dynamic, quantize, weights
 from mobilemix.targets.onnx.convert import write_changed
 from mobilemix.targets.onnx.products import Product, kept
 from mobilemix.targets.onnx.rewrites import PASSES
-from mobilemix.targets.onnx.runtime import read_model
 from mobilemix.targets.onnx.simulation import simulated
 
 PRECISIONS = ("int8", "int8-dynamic", "w8", "w4")
@@ -49,14 +47,16 @@ def layers(graph: ir.Graph, recipe: Recipe, lost: Collection[str] = ()) -> Itera
 def proofs(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs]) -> list[Check]:
     """The file is the float32 one, rounded where it should be, and ONNX Runtime's kernels compute what it says."""
     restore = dynamic.in_float if recipe.precision == "int8-dynamic" else None
-    stated = {entry.key: entry.value for entry in read_model(path).metadata_props}
-    lost = json.loads(stated.get(quantize.UNHELD, "[]"))
+    lost = quantize.stated_lost(path)
     chosen = functools.partial(layers, recipe=recipe, lost=lost)
     found = checks.rounding(lowered, recipe, path, samples, layers=chosen, restore=restore)
-    if lost:
-        names = ", ".join(lost)
-        found.append(Check("values in 8 bits", True, f"{len(lost)} that 8 bits do not hold stay in float: {names}"))
-    return [*found, simulated(path, str(recipe.precision), samples)]
+    return [*found, *unheld(lost), simulated(path, str(recipe.precision), samples)]
+
+
+def unheld(lost: Collection[str]) -> list[Check]:
+    """What a reader of the verification should know of the values that stay in float."""
+    detail = f"{len(lost)} that 8 bits do not hold stay in float: {', '.join(lost)}"
+    return [Check("values in 8 bits", True, detail)] if lost else []
 
 
 def _quantize(lowered: Lowered, recipe: Recipe, source: Path, destination: Path) -> None:

@@ -7,7 +7,7 @@ the file says so, and nowhere else: in float64 every product and sum of 8-bit in
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mobilemix.errors import InputError, UnsupportedOpError
+from mobilemix.quantization.drift import Probe
 from mobilemix.targets.base import Array, Inputs
 from mobilemix.targets.onnx.onnx_ops import RULES, SEVERAL
 from mobilemix.targets.onnx.onnx_ops.base import keywords
@@ -37,7 +38,12 @@ def simulate(path: Path, dtype: torch.dtype = torch.float64) -> "Simulated":
     """
     model = read_model(path)
     onnx.load_external_data_for_model(model, str(path.parent))
-    return Simulated(_Builder(dtype).build(model.graph), dtype)
+    return simulate_graph(model.graph, dtype)
+
+
+def simulate_graph(graph: onnx.GraphProto, dtype: torch.dtype) -> "Simulated":
+    """The same of a graph in memory."""
+    return Simulated(_Builder(dtype).build(graph), dtype)
 
 
 class Simulated:
@@ -96,6 +102,14 @@ class Simulated:
             name: value.numpy() for name, value in run.kept.items()
         }
 
+    def probed(self, inputs: Inputs, probe: Probe) -> list[Tensor]:
+        """Execute with gradients; the outputs, every rounding to a constant scale being one of the probe's points.
+
+        A point has the name of the scale, which all have that are rounded alike.
+        """
+        outputs: Mapping[str, Tensor] = _Probed(self.module, probe).run(*self._tensors(inputs))
+        return list(outputs.values())
+
     def _tensors(self, inputs: Inputs) -> list[Tensor]:
         if set(inputs) != set(self._inputs):
             raise InputError(f"the model takes {', '.join(self._inputs)}, not {', '.join(inputs)}")
@@ -121,6 +135,25 @@ class _Run(fx.Interpreter):
         if name in self._keep:
             self.kept[name] = result
         return self._given[name].to(result.dtype) if name in self._given else result
+
+
+class _Probed(fx.Interpreter):
+    """One execution for a probe."""
+
+    def __init__(self, module: fx.GraphModule, probe: Probe) -> None:
+        super().__init__(module)
+        self._probe = probe
+        self._exact: dict[fx.Node, Tensor] = {}
+        """What was rounded, by the node that did."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.target is RULES["QuantizeLinear"]:
+            (self._exact[n],) = self.fetch_args_kwargs_from_env(n)[0][:1]
+        elif n.target is RULES["DequantizeLinear"] and n.args[0] in self._exact:
+            scale = cast(fx.Node, n.args[1])
+            return self._probe.round(scale.meta[_NAME], self._exact[cast(fx.Node, n.args[0])], result)
+        return result
 
 
 class _Builder:

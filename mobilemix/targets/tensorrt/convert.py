@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,11 +88,14 @@ def write(lowered: Lowered, recipe: Recipe, destination: Path) -> None:
         raise unsupported(refusals, destination, lowered.program, PARSER)
 
 
-def layers_of(recipe: Recipe) -> Callable[[ir.Graph], Iterable[Product]] | None:
-    """Which products of the float32 graph the recipe's precision quantises; None if it is none that does."""
+def layers_of(recipe: Recipe, lost: Collection[str]) -> Callable[[ir.Graph], Iterable[Product]] | None:
+    """Which products of the float32 graph the recipe's precision quantises, but for what reads a lost value.
+
+    None if it is none that does.
+    """
     if recipe.precision not in CALIBRATED:
         return None
-    return lambda graph: layers(graph, kept(graph, recipe.quantization))
+    return lambda graph: layers(graph, kept(graph, recipe.quantization), lost)
 
 
 def build(lowered: Lowered, recipe: Recipe, model: Path, flavour: Flavour) -> Mapping[str, Any]:

@@ -22,6 +22,8 @@ What stays in floating point, and why:
 What stays is float16: with float32 around the 8-bit products the trained flowers classifier answers no better.
 """
 
+import functools
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -35,9 +37,10 @@ from mobilemix.quantization.options import Quantization
 from mobilemix.recipe import LEAST_OPSETS
 from mobilemix.targets.base import Array, Inputs
 from mobilemix.targets.onnx.half import halve
-from mobilemix.targets.onnx.observation import Ranges, ranges
+from mobilemix.targets.onnx.observation import Ranges, held, lost_of, ranges
 from mobilemix.targets.onnx.pairs import SCALE, Pairs, name_nodes
 from mobilemix.targets.onnx.products import Product, kept, largest, roundable
+from mobilemix.targets.onnx.quantize import UNHELD
 from mobilemix.targets.onnx.rewrites.constants import constant
 
 Kind = Literal["int8", "fp8"]
@@ -79,16 +82,23 @@ def quantize(source: Path, destination: Path, samples: Sequence[Inputs], kind: K
     if not names:
         raise InputError(f"{source.name} has no convolution or product with constant weights to quantise; use fp16")
     nodes = list(model.graph)
-    seen = ranges(source, names, samples, options.observer or _OBSERVERS[kind], symmetric=True)
+    found = ranges(source, names, samples, options.observer or _OBSERVERS[kind], symmetric=True)
+    seen = found
+    if kind == "int8":  # the range of 8-bit floats is wide enough for any value
+        seen = held(source, found, samples, functools.partial(insert, kind=kind, left=left), *sorted(left))
+    if lost_of(seen) >= names:
+        raise InputError(f"8 bits hold no value that the products of {source.name} read; use fp16, or --observer")
     insert(model, seen, kind, left)
     halve(model)
     name_nodes(model.graph, nodes)
     ir.save(model, destination)
 
 
-def layers(graph: ir.Graph, left: Collection[str] = ()) -> Iterator[Product]:
-    """Products to quantise: those that are neither depthwise nor in `left`, by name."""
-    return (each for each in roundable(graph) if not each.depthwise and each.name not in left)
+def layers(graph: ir.Graph, left: Collection[str] = (), lost: Collection[str] = ()) -> Iterator[Product]:
+    """Products to quantise: not the depthwise, those named in `left`, nor those that read a value named in `lost`."""
+    for each in roundable(graph):
+        if not each.depthwise and each.name not in left and str(each.activation.name) not in lost:
+            yield each
 
 
 def insert(model: ir.Model, seen: Ranges, kind: Kind, left: Collection[str] = ()) -> None:
@@ -96,14 +106,18 @@ def insert(model: ir.Model, seen: Ranges, kind: Kind, left: Collection[str] = ()
 
     Args:
         model: float32.
-        seen: range of every activation, by name, symmetric.
+        seen: range of every activation, by name, symmetric; (0, 0) for those that stay in float, which the model's
+            metadata tells.
         kind: see `quantize`.
         left: names of the products that stay in float.
     """
+    lost = lost_of(seen)
+    if lost:
+        model.metadata_props[UNHELD] = json.dumps(sorted(lost))
     pairs = Pairs(model.graph)
     zero = pairs.constant(f"zero.{kind}", np.zeros((), _TYPES[kind].numpy()))
     made: dict[ir.Value, ir.Value] = {}
-    for layer in list(layers(model.graph, left)):
+    for layer in list(layers(model.graph, left, lost)):
         node, activation, weight = layer.node, layer.activation, layer.weight
         if activation not in made:
             _, highest = seen[str(activation.name)]

@@ -325,7 +325,7 @@ def test_other_data_has_other_ranges(model: Lowered, made: Callable[[Recipe], Pa
 def test_values_that_8_bits_do_not_hold_stay_in_float(
     model: Lowered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "LEAST_SQNR", 45.0)
+    monkeypatch.setattr(plan, "MOST", 1e-3)
     wanted, path = recipe("int8", 17), tmp_path / "some.mlpackage"
     TARGET.compile(model, wanted, path)
     rounded = sum(operation.type == "quantize" for operation in read_package(path).operations)

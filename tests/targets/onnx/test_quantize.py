@@ -173,7 +173,8 @@ def spiked() -> list[Inputs]:
 
 
 def test_values_that_8_bits_do_not_hold_stay_in_float_with_what_computes_and_reads_them(tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Conv2d(24, 24, 1), nn.Conv2d(24, 24, 1), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.GELU())
+    layers = nn.Conv2d(24, 24, 1), nn.Conv2d(24, 24, 1), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.GELU()
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
     with torch.no_grad():
         nn.init.dirac_(module[0].weight)
         module[1].weight[:, 0] = 0  # the spike ends here

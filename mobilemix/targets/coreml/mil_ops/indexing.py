@@ -45,8 +45,12 @@ def slice_by_index(
     squeeze_mask: Tensor | None = None,
 ) -> Tensor:
     """x[begin:end:stride] along every axis."""
-    part = x.numpy()[_slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
-    return torch.from_numpy(np.array(part))
+    index = list(_slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask))
+    for axis, part in enumerate(index):
+        if isinstance(part, slice) and (part.step or 1) < 0:  # which torch's own slices cannot do
+            x = x.index_select(axis, torch.tensor(range(*part.indices(x.shape[axis])), dtype=torch.long))
+            index[axis] = slice(None)
+    return x[tuple(index)]
 
 
 @rule("slice_update")
@@ -61,9 +65,9 @@ def slice_update(
     squeeze_mask: Tensor | None = None,
 ) -> Tensor:
     """`x` with x[begin:end:stride] replaced."""
-    result = x.clone()
-    result.numpy()[_slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)] = update.numpy()
-    return result
+    positions = torch.arange(x.numel()).reshape(x.shape)
+    places = slice_by_index(positions, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+    return x.flatten().index_copy(0, places.flatten(), update.expand(places.shape).flatten()).reshape(x.shape)
 
 
 @rule("slice_by_size")

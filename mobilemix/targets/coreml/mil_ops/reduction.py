@@ -72,4 +72,4 @@ def classify(probabilities: Tensor, classes: np.ndarray) -> tuple[np.ndarray, np
     flat = probabilities.flatten()
     if flat.numel() != len(classes):
         raise ValueError(f"{flat.numel()} probabilities for {len(classes)} classes")
-    return np.asarray(classes[int(torch.argmax(flat))]), flat.numpy()
+    return np.asarray(classes[int(torch.argmax(flat))]), flat.detach().numpy()
