@@ -25,6 +25,7 @@ from mobilemix.targets.base import Inputs
 from mobilemix.targets.onnx import OnnxTarget, checks
 from mobilemix.targets.onnx.observation import ranges
 from mobilemix.targets.onnx.pairs import DEQUANTISED, QUANTISED, SCALE
+from mobilemix.targets.onnx.quantize import stated_lost
 from mobilemix.targets.onnx.runtime import OnnxRunner
 from mobilemix.targets.tensorrt.quantize import Kind, by_channel, layers, quantised, quantize, step
 
@@ -271,6 +272,23 @@ class Outlier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.map(x)
+
+
+def test_values_that_8_bits_do_not_hold_stay_in_float(tmp_path: Path) -> None:
+    """One number of one sample leaves no step of int8 to the others, and all to floats of 8 bits."""
+    first, *others = samples((1, 24, 16, 16))
+    first["x"][0, 0, 3, 3] = 600
+    module = nn.Sequential(nn.Conv2d(24, 24, 1), nn.GELU(), nn.Conv2d(24, 32, 1), nn.AdaptiveAvgPool2d(1))
+    with torch.no_grad():
+        module[0].weight[:, 0] = 0
+    source, path = compiled(tmp_path, module, torch.randn(1, 24, 16, 16)), tmp_path / "narrow.onnx"
+    for kind, lost in (("int8", ["x"]), ("fp8", [])):
+        quantize(source, path, [first, *others], kind, Quantization(observer="min-max") if kind == "int8" else DEFAULT)
+        assert stated_lost(path) == lost
+        read = layers(ir.load(source).graph, (), lost)
+        assert [each.module for each in read] == (["2"] if lost else ["0", "2"])
+        assert checks.first_float(layers(ir.load(source).graph, (), lost), ir.load(path)) is None
+        assert checks.first_difference(onnx.load(source), onnx.load(path)) is None
 
 
 def test_ranges_clip_outliers_of_int8_and_nothing_of_floats(tmp_path: Path) -> None:
