@@ -40,6 +40,9 @@ OPSETS = range(18, 23)
 LEAST_OPSETS = {"int8": 19, "fp8": 19, "w4": 21, "bf16": 22}
 """ONNX opsets that first have scales in float16, 8-bit floats, scales of blocks, and convolutions in bfloat16; else any
 of `OPSETS`."""
+USUAL_OPSETS = {("onnx", "int8"): 20}
+"""Where the recipe names none, and newer ones bring something: one operator for GELU, which ONNX Runtime cannot put
+together from its parts where they read rounded values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ def opset_of(recipe: Recipe) -> int:
     least = LEAST_OPSETS.get(str(recipe.precision), OPSETS.start)
     if recipe.opset is not None and recipe.opset < least:
         raise InputError(f"{recipe.precision} needs opset {least}, not {recipe.opset}; leave out --opset")
-    return recipe.opset or least
+    return recipe.opset or USUAL_OPSETS.get((recipe.target, str(recipe.precision)), least)
 
 
 def load_recipe(path: Path) -> Recipe:

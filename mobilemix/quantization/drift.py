@@ -1,10 +1,10 @@
 """How far the rounding of each value moves a model's outputs: which values 8 bits hold, and which stay in float.
 
-An error e in a value moves the outputs by J e, to first order, J their Jacobian there. For a random vector u of
-independent numbers of variance one the mean of (uᵀJ e)² is ‖J e‖², and one backward pass gives uᵀJ of all values at
-once. e is what the grid makes of a sample, clipped numbers and all; rounding passes gradients on as if it were not
-there (straight-through, arXiv 1308.3432). PTQ4ViT (arXiv 2111.12293, section 3.3) weighs errors by squared gradients
-instead, number by number, which leaves out that all of a channel may err to one side.
+An error e in a value moves the outputs by J e, to first order, J their Jacobian at the float model. For a random vector
+u of independent numbers of variance one the mean of (uᵀJ e)² is ‖J e‖², and one backward pass gives uᵀJ of all values
+at once. e is what the grid makes of a sample's value, clipped numbers and all. No value is rounded meanwhile: one that
+8 bits spoil would take the others away from where the model is. PTQ4ViT (arXiv 2111.12293, section 3.3) weighs errors
+by squared gradients instead, number by number, which leaves out that all of a channel may err to one side.
 
 Noise in the value itself tells less: of a trained DualToken-ViT, one value of which 8 bits leave 24 dB makes nearly all
 of the error, while values of a CAS-ViT of which they leave as little as that hardly matter.
@@ -34,21 +34,18 @@ class Probe:
     def __init__(self) -> None:
         """None is known yet."""
         self.points: list[tuple[str, Tensor, Tensor]] = []
-        """Name of a value, its rounded form as readers get it, and the error in it."""
+        """Name of a value, as those get it who would read it rounded, and the error that they would get."""
 
     def round(self, name: str, exact: Tensor, rounded: Tensor) -> Tensor:
-        """What readers get in place of `rounded`: the same numbers, with the gradients of `exact`.
+        """What readers get in place of `rounded`: the numbers of `exact`.
 
         Args:
             name: of the value; those that are rounded alike may share one.
             exact: before rounding.
             rounded: after it, of the same shape.
         """
-        error = (rounded - exact).detach()
-        result = exact + error
-        if not result.requires_grad:
-            result.requires_grad_()
-        self.points.append((name, result, error))
+        result = exact.view_as(exact) if exact.requires_grad else exact.detach().requires_grad_()
+        self.points.append((name, result, (rounded - exact).detach()))
         return result
 
 

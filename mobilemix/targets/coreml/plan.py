@@ -33,7 +33,7 @@ from mobilemix.targets.coreml.weights import PALETTES, Form, compress, half_up
 LEAST_IOS: Mapping[str, int] = {"int8": 17, "w8": 16, "w4": 18, **dict.fromkeys(PALETTES, 16)}
 """Oldest iOS that reads each precision; these are the precisions that compress."""
 
-OBSERVER = "mse"
+OBSERVER = "percentile"
 """Of values, where the recipe names no other."""
 
 
