@@ -23,7 +23,8 @@ MOMENTUM = 0.9
 TAIL = 1e-5
 """Share of a value's numbers that the percentile observer clips, at both ends together: the 99.999th percentile.
 
-With the 99.99th, single pictures that were not among the samples are clipped by as much as a fifth of their logits."""
+With the 99.99th, the logits of a trained AFFNet are up to 40 % off on pictures that were not among the samples; with
+this, 13 %."""
 SHARES = tuple(share / 20 for share in range(6, 21))
 """Of the whole range, those whose squared error is compared."""
 FINE = 4096

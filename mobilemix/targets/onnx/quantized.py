@@ -50,10 +50,10 @@ def proofs(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Input
     lost = quantize.stated_lost(path)
     chosen = functools.partial(layers, recipe=recipe, lost=lost)
     found = checks.rounding(lowered, recipe, path, samples, layers=chosen, restore=restore)
-    return [*found, *unheld(lost), simulated(path, str(recipe.precision), samples)]
+    return [*found, *unheld_check(lost), simulated(path, str(recipe.precision), samples)]
 
 
-def unheld(lost: Collection[str]) -> list[Check]:
+def unheld_check(lost: Collection[str]) -> list[Check]:
     """What a reader of the verification should know of the values that stay in float."""
     detail = f"{len(lost)} that 8 bits do not hold stay in float: {', '.join(lost)}"
     return [Check("values in 8 bits", True, detail)] if lost else []

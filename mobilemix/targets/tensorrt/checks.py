@@ -13,7 +13,7 @@ from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Check, Inputs, Lowered, Runner
 from mobilemix.targets.onnx import checks as onnx_checks
 from mobilemix.targets.onnx.quantize import stated_lost
-from mobilemix.targets.onnx.quantized import unheld
+from mobilemix.targets.onnx.quantized import unheld_check
 from mobilemix.targets.onnx.runtime import OnnxRunner, read_model
 from mobilemix.targets.tensorrt import bindings, builder, convert, trtexec
 from mobilemix.targets.tensorrt.bindings import Flavour
@@ -33,7 +33,7 @@ def run(lowered: Lowered, recipe: Recipe, path: Path, samples: Sequence[Inputs],
         lost = stated_lost(path)
         layers = convert.layers_of(recipe, lost)
         found += onnx_checks.rounding(lowered, recipe, path, samples, convert.STEPS, layers)
-        found += unheld(lost)
+        found += unheld_check(lost)
     engine = convert.engine_path(path)
     if not engine.exists():
         return [*found, *unbuilt(path, recipe, flavour)]
