@@ -46,8 +46,8 @@ from mobilemix.targets.onnx.rewrites.constants import constant
 from mobilemix.targets.onnx.runtime import read_model
 
 OBSERVER = "percentile"
-"""Where the recipe names none. On trained classifiers of the four families its worst error of the logits is the least:
-3.5 %, where the whole range of an input that is larger than any other has 6.0, least squares 4.8, and entropy 7.6."""
+"""Where the recipe names none. Whole ranges leave as little error, but have wider steps, so that more values stay in
+float: 12 of a trained CAS-ViT where these have 5, and 17 of an AFFNet where these have 7."""
 
 UNHELD = "float_values"
 """Metadata of a file: the values that 8 bits do not hold, a JSON list of names."""
