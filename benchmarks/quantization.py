@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 MAX_DROP = 0.003
 """Of top-1, in the rows of mixed precision."""
 SECONDS = 2.0
-TIMED: tuple[Precision, ...] = ("fp32", "int8", "int8-dynamic", "w8")
+TIMED: tuple[Precision, ...] = ("fp32", "int8")
 LATENCIES = ("affnet_t", "casvit_xs", "efficientvim_m1", "dualtoken_vit_tiny")
 LATENCY_HEADINGS = ("model", "side", "precision", "1 thread", "2 threads", "time by operator, %")
 PROFILED = 20
