@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mobilemix.parity import relative_l2
 from mobilemix.quantization.affine import grid_between
-from mobilemix.quantization.drift import MOST, SAMPLES, Evaluate, Probe, drifts, unheld
+from mobilemix.quantization.drift import HELD, MOST, SAMPLES, Drift, Evaluate, Probe, drifts, unheld
 from mobilemix.targets.base import Inputs
 from mobilemix.targets.coreml.compress import simulated
 from mobilemix.targets.coreml.convert import convert
@@ -69,7 +69,9 @@ def test_of_a_linear_map_it_is_what_rounding_does() -> None:
         return [weight @ probe.round("x", x, rounded(x))]
 
     found = drifts(evaluate, samples())
-    assert found == {"x": pytest.approx(expected(samples(), lambda x: weight @ x), rel=ESTIMATE)}
+    assert found.keys() == {"x"}
+    assert found["x"].outputs == pytest.approx(expected(samples(), lambda x: weight @ x), rel=ESTIMATE)
+    assert found["x"].value == pytest.approx(expected(samples(), lambda x: x), rel=5e-2)
     assert found == drifts(evaluate, samples())
 
 
@@ -78,7 +80,8 @@ def test_errors_go_through_later_roundings() -> None:
     assert set(found) == {"0", "1", "2"}
     uniform = STEP / math.sqrt(12)  # of numbers whose standard deviation is one
     for drift in found.values():
-        assert uniform / 2 < drift < 2 * uniform
+        assert uniform / 2 < drift.outputs < 2 * uniform
+        assert drift.value == pytest.approx(uniform, rel=0.1)
 
 
 def test_places_of_one_name_err_together() -> None:
@@ -93,7 +96,8 @@ def test_places_of_one_name_err_together() -> None:
         return run
 
     together, apart = drifts(evaluate("aa"), samples()), drifts(evaluate("ab"), samples())
-    assert together["a"] < 1e-6 < 1e-3 < apart["a"] == pytest.approx(apart["b"])
+    assert together["a"].outputs < 1e-6 < 1e-3 < apart["a"].outputs == pytest.approx(apart["b"].outputs)
+    assert together["a"].value == pytest.approx(apart["a"].value)
 
 
 def test_outputs_count_alike_whatever_their_size() -> None:
@@ -103,7 +107,7 @@ def test_outputs_count_alike_whatever_their_size() -> None:
         return [1e4 * read[:32], read[32:]]
 
     found = drifts(evaluate, samples())
-    assert found["x"] == pytest.approx(expected(samples(), lambda x: x), rel=ESTIMATE)
+    assert found["x"].outputs == pytest.approx(expected(samples(), lambda x: x), rel=ESTIMATE)
 
 
 def test_what_no_output_reads_does_not_drift() -> None:
@@ -112,23 +116,27 @@ def test_what_no_output_reads_does_not_drift() -> None:
         probe.round("unread", x, rounded(x))
         return [2 * probe.round("read", x, x)]
 
-    assert drifts(evaluate, samples()) == {"unread": 0.0, "read": 0.0}
+    found = drifts(evaluate, samples())
+    assert [found[name].outputs for name in ("unread", "read")] == [0, 0]
+    assert found["unread"].value > 0 == found["read"].value
     assert drifts(lambda sample, _: [torch.from_numpy(sample["x"])], samples()) == {}
 
 
 numbers = st.one_of(st.floats(0, 1), st.sampled_from([math.nan, math.inf]))
+values = st.builds(Drift, outputs=numbers, value=st.one_of(st.floats(0, 1), st.just(math.nan)))
 
 
-@given(st.dictionaries(st.text(max_size=3), numbers, max_size=8), st.floats(1e-3, 0.5))
-def test_as_few_as_leave_the_others_little_stay_in_float(found: dict[str, float], most: float) -> None:
+@given(st.dictionaries(st.text(max_size=3), values, max_size=8), st.floats(1e-3, 0.5))
+def test_as_few_as_leave_the_others_little_stay_in_float(found: dict[str, Drift], most: float) -> None:
     lost = unheld(found, most)
-    assert lost <= found.keys()
-    kept = [drift for name, drift in found.items() if name not in lost]
-    assert math.hypot(*kept) <= most * (1 + 1e-9)
+    assert lost <= {name for name, each in found.items() if not each.value <= HELD}
+    kept = {name: each for name, each in found.items() if name not in lost}
+    rest = math.hypot(*(each.outputs for each in kept.values()))
+    assert rest <= most * (1 + 1e-9) or all(each.value <= HELD for each in kept.values())
     if lost:
-        back = min((found[name] for name in lost), key=lambda drift: drift if math.isfinite(drift) else math.inf)
-        assert not math.isfinite(back) or math.hypot(*kept, back) > most * (1 - 1e-9)
-        assert all(drift <= back for drift in kept) or not math.isfinite(back)
+        back = min((found[name].outputs for name in lost), key=lambda each: each if math.isfinite(each) else math.inf)
+        assert not math.isfinite(back) or not math.hypot(rest, back) <= most * (1 - 1e-9)
+        assert not math.isfinite(back) or all(each.outputs <= back for each in kept.values() if each.value > HELD)
 
 
 def test_of_a_package_it_is_what_rounding_one_value_does(tmp_path: Path) -> None:
@@ -149,10 +157,10 @@ def test_of_a_package_it_is_what_rounding_one_value_does(tmp_path: Path) -> None
     assert together.keys() == plans.keys()
     assert len(plans) > 2
     for name, one in plans.items():
-        alone = runner.drifts({name: one}, inputs)[name]
+        alone = runner.drifts({name: one}, inputs)[name].outputs
         measured = _measured(runner, {name: one}, inputs)
         assert alone == pytest.approx(measured, rel=UNEVEN), name
-        assert together[name] == pytest.approx(measured, rel=UNEVEN), name
+        assert together[name].outputs == pytest.approx(measured, rel=UNEVEN), name
         assert measured > MOST / 100
 
 

@@ -20,7 +20,7 @@ from mobilemix.errors import InputError
 from mobilemix.quantization import cache
 from mobilemix.quantization.affine import Grid, grid_between
 from mobilemix.quantization.data import calibration
-from mobilemix.quantization.drift import MOST, unheld
+from mobilemix.quantization.drift import MOST, Drift, unheld
 from mobilemix.quantization.options import FLOAT, check_patterns, precision_of
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import LARGEST_HALF, Inputs, Lowered, Runner
@@ -53,8 +53,8 @@ class Rounded:
 class Observable(Runner, Protocol):
     """A float package that can be executed with some of its values rounded."""
 
-    def drifts(self, values: Mapping[str, Rounded], samples: Sequence[Inputs]) -> dict[str, float]:
-        """By how much the rounding of each value moves the outputs; see `mobilemix.quantization.drift.drifts`."""
+    def drifts(self, values: Mapping[str, Rounded], samples: Sequence[Inputs]) -> dict[str, Drift]:
+        """What the rounding of each value does; see `mobilemix.quantization.drift.drifts`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mobilemix import parity
 from mobilemix.errors import InputError
 from mobilemix.passes import lower_scans
 from mobilemix.quantization.data import calibration
-from mobilemix.quantization.drift import drifts
+from mobilemix.quantization.drift import Drift, drifts
 from mobilemix.recipe import Recipe
 from mobilemix.targets.base import Array, Check, Inputs, Lowered, Runner
 from mobilemix.targets.coreml.audit import FAINT, Audit, audit
@@ -64,7 +64,7 @@ class PackageRunner:
         """Every intermediate value."""
         return self.executor.values(self.feed(inputs))
 
-    def drifts(self, values: Mapping[str, Rounded], samples: Sequence[Inputs]) -> dict[str, float]:
+    def drifts(self, values: Mapping[str, Rounded], samples: Sequence[Inputs]) -> dict[str, Drift]:
         """See `mobilemix.targets.coreml.plan.Observable`; nothing else is rounded."""
         executor = Executor(simulated(self.package, Plan({}, values)), rounding="none")
         return drifts(lambda inputs, probe: executor.probed(self.feed(inputs), probe), samples)

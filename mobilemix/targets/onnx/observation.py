@@ -13,8 +13,9 @@ from mobilemix.quantization.moments import Moments
 from mobilemix.quantization.observers import OBSERVERS, show
 from mobilemix.quantization.options import Quantization
 from mobilemix.targets.base import Inputs
-from mobilemix.targets.onnx.pairs import OWN, SCALE
+from mobilemix.targets.onnx.pairs import DEQUANTISED, OWN, SCALE
 from mobilemix.targets.onnx.products import Product
+from mobilemix.targets.onnx.rewrites.constants import constant
 from mobilemix.targets.onnx.runtime import observe
 from mobilemix.targets.onnx.torch_graph import simulate_graph
 
@@ -46,8 +47,18 @@ def held(
 
     def compute() -> Ranges:
         model = ir.load(path)
+        weights = {
+            str(name): torch.from_numpy(constant(each).copy()) for name, each in model.graph.initializers.items()
+        }
         insert(model, found)
-        moved = drifts(simulate_graph(ir.to_proto(model).graph, torch.float32).probed, samples)
+        exact = {}  # a layer that its rounded weights spoil would say nothing of its values
+        for node in model.graph:
+            name = str(node.outputs[0].name)
+            plain = name.removesuffix(DEQUANTISED).partition(OWN)[0]
+            if node.op_type == "DequantizeLinear" and plain in weights:
+                exact[name] = weights[plain].reshape(tuple(map(int, node.outputs[0].shape or ())))
+        simulation = simulate_graph(ir.to_proto(model).graph, torch.float32)
+        moved = drifts(functools.partial(simulation.probed, given=exact), samples)
         lost = unheld({name.removesuffix(SCALE).partition(OWN)[0]: drift for name, drift in moved.items()}, MOST)
         return {name: (0.0, 0.0) if name in lost else ends for name, ends in found.items()}
 

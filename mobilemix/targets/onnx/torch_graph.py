@@ -102,12 +102,12 @@ class Simulated:
             name: value.numpy() for name, value in run.kept.items()
         }
 
-    def probed(self, inputs: Inputs, probe: Probe) -> list[Tensor]:
+    def probed(self, inputs: Inputs, probe: Probe, given: Mapping[str, Tensor]) -> list[Tensor]:
         """Execute with gradients; the outputs, every rounding to a constant scale being one of the probe's points.
 
-        A point has the name of the scale, which all have that are rounded alike.
+        A point has the name of the scale, which all have that are rounded alike. Values are `given` as for `follow`.
         """
-        outputs: Mapping[str, Tensor] = _Probed(self.module, probe).run(*self._tensors(inputs))
+        outputs: Mapping[str, Tensor] = _Probed(self.module, probe, given).run(*self._tensors(inputs))
         return list(outputs.values())
 
     def _tensors(self, inputs: Inputs) -> list[Tensor]:
@@ -140,13 +140,15 @@ class _Run(fx.Interpreter):
 class _Probed(fx.Interpreter):
     """One execution for a probe."""
 
-    def __init__(self, module: fx.GraphModule, probe: Probe) -> None:
+    def __init__(self, module: fx.GraphModule, probe: Probe, given: Mapping[str, Tensor]) -> None:
         super().__init__(module)
-        self._probe = probe
+        self._probe, self._given = probe, given
         self._exact: dict[fx.Node, Tensor] = {}
         """What was rounded, by the node that did."""
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.meta.get(_NAME) in self._given:
+            return self._given[n.meta[_NAME]]
         result = super().run_node(n)
         if n.target is RULES["QuantizeLinear"]:
             (self._exact[n],) = self.fetch_args_kwargs_from_env(n)[0][:1]
