@@ -46,8 +46,8 @@ from mobilemix.targets.onnx.rewrites.constants import constant
 from mobilemix.targets.onnx.runtime import read_model
 
 OBSERVER = "percentile"
-"""Where the recipe names none. Whole ranges leave as little error, but have wider steps, so that more values stay in
-float: 12 of a trained CAS-ViT where these have 5, and 17 of an AFFNet where these have 7."""
+"""Where the recipe names none. Of 1324 answers of four trained classifiers 3 are others than those of float32; whole
+ranges and entropy change 6, moving averages and least squares 7."""
 
 UNHELD = "float_values"
 """Metadata of a file: the values that 8 bits do not hold, a JSON list of names."""
