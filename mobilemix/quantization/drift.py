@@ -24,8 +24,8 @@ from mobilemix.threads import spread
 
 MOST = 0.01
 """Relative L2 by which the rounding of all values together may move the outputs, to first order. The weights' errors
-come on top, and what is beyond the first order: on other pictures than the samples, an AFFNet, a CAS-ViT and a DualToken
-are 1.2, 1.6 and 0.6 % off."""
+come on top, and what is beyond the first order: on other pictures than the samples, an AFFNet, a CAS-ViT and a
+DualToken-ViT are 1.2, 1.6 and 0.6 % off."""
 HELD = 0.012
 """Relative L2 of the error in a value with which 8 bits hold it whatever comes of it: 256 steps over the nine
 standard deviations that normal numbers span err by 0.010. Of small models, much would stay in float otherwise."""
